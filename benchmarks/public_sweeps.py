@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from rora_theory.errors import InputError
-from rora_theory.evidence import derived, report
+from rora_theory.evidence import derived, source_tables
 from rora_theory.evidence.best_rates import best_rates
 from rora_theory.evidence.sources import SOURCES
 from rora_theory.evidence.sweeps import load_sweeps
@@ -47,10 +47,10 @@ def main(folder: Path) -> None:
     # The starting rates are fitted to the best rates of all sources, those in the package included.
     write(
         "best_rates",
-        pd.concat([best_rates(load_sweeps(source, folder)) for source in report.SWEEPS], ignore_index=True),
+        pd.concat([best_rates(load_sweeps(source, folder)) for source in source_tables.SWEEPS], ignore_index=True),
     )
     unlicensed = [name for name, source in SOURCES.items() if source.file is None]
-    for name, table in report.all_tables(folder).items():
+    for name, table in source_tables.all_tables(folder).items():
         if name != "best_rates":
             write(name, table[table["source"].isin(unlicensed)])
 

@@ -23,7 +23,7 @@ FROZEN, TRAINED, LINE = "#d9d9d9", "#F0E442", "#444444"
 @dataclass(frozen=True)
 class ScalingDiagramOptions:
     alpha: Positive = 64.0
-    """Strength of the adapter."""
+    """Numerator of the scaling."""
     rank: Count = 32
     """Rank that is marked in the curve and used in the schemes."""
     ranks: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)

@@ -42,7 +42,7 @@ def scaling_factor(rule: Rule, *, alpha: float, rank: int) -> float:
     Args:
       rule: Scaling rule: ``"lora"`` (kappa = 1, Hu et al. 2021), ``"rora"`` or ``"rslora"`` (kappa = 1/2, RoRA Sec.
         III-B and Kalajdzievski 2023), or kappa itself.
-      alpha: Strength of the adapter, finite and > 0.
+      alpha: Numerator of the scaling, finite and > 0.
       rank: Number of rows of A, an integer >= 1.
 
     Returns:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rora_theory.errors import InputError
-from rora_theory.evidence import absolute_rates, histories, regrets, report, starting_rates
+from rora_theory.evidence import absolute_rates, histories, regrets, source_tables, starting_rates
 from rora_theory.evidence.policies import LEFT_OUT
 from rora_theory.evidence.sources import SOURCES
 from rora_theory.evidence.sweeps import load_sweeps, read_run_table, sweeps_of
@@ -62,7 +62,7 @@ def report_evidence(config: EvidenceOptions) -> None:
     if config.add is not None:
         report_own(config.add, config.out)
         return
-    found = report.all_tables(config.originals)
+    found = source_tables.all_tables(config.originals)
     best, costs = found["best_rates"], found["regrets"]
     by_policy, absolute = (
         regrets.summarise_regrets(costs),
@@ -73,7 +73,7 @@ def report_evidence(config: EvidenceOptions) -> None:
     folder = RunFolder.open(NAME, identity, out=config.out, seed=0, extra={"units": UNITS})
     written = {"results.csv": costs, "best_rates.csv": best, "policies.csv": by_policy}
     written |= {"absolute_policies.csv": absolute, "starting_rates.csv": starting, "loss_spreads.csv": spreads}
-    written |= {"sources.csv": report.source_table(), "summary_by_rank.csv": rates_by_rank(best)}
+    written |= {"sources.csv": source_tables.source_table(), "summary_by_rank.csv": rates_by_rank(best)}
     written |= {f"{name}.csv": table for name, table in found.items() if name not in ("best_rates", "regrets")}
     # Pages name sources by their titles.
     for name in ("exponents.csv", "calibration.csv", "summary_by_rank.csv"):
@@ -240,8 +240,8 @@ def report_own(path: Path, out: Path | None) -> None:
         raise InputError(
             f"{path} must have a setting with runs at three learning rates or more, of which one did not diverge"
         )
-    reference = load_sweeps(report.REFERENCE)
-    found = report.sweep_tables(sweeps, reference)
+    reference = load_sweeps(source_tables.REFERENCE)
+    found = source_tables.sweep_tables(sweeps, reference)
     best, costs = found["best_rates"], found["regrets"]
     by_policy = regrets.summarise_regrets(costs)
     identity = {"add": hashlib.sha256(files.read_bytes(path)).hexdigest(), "originals": False}

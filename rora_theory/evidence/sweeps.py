@@ -120,7 +120,7 @@ class Sweep:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunRecord:
     """A run of a sweep.
 
     Attributes:
@@ -146,7 +146,7 @@ class Run:
     seed: int = 0
 
 
-def read_run_table(path: Path) -> list[Run]:
+def read_run_table(path: Path) -> list[RunRecord]:
     """Read a table of runs.
 
     Args:
@@ -170,7 +170,7 @@ def read_run_table(path: Path) -> list[Run]:
     return [_run_of(row, f"{path}: line {number}") for number, row in enumerate(frames.rows(frame), start=2)]
 
 
-def _run_of(cells: Mapping[str, Any], where: str) -> Run:
+def _run_of(cells: Mapping[str, Any], where: str) -> RunRecord:
     """Return the run of a line.
 
     Args:
@@ -215,7 +215,7 @@ def _run_of(cells: Mapping[str, Any], where: str) -> Run:
         for column, minimum in zip(OPTIONAL_COLUMNS, (1, 1, 0), strict=True)
         if cells.get(column) is not None
     }
-    return Run(
+    return RunRecord(
         model=cells["model"],
         rank=integer("rank", 1),
         alpha=positive("alpha"),
@@ -226,7 +226,7 @@ def _run_of(cells: Mapping[str, Any], where: str) -> Run:
     )
 
 
-def sweeps_of(runs: Iterable[Run], source: str) -> list[Sweep]:
+def sweeps_of(runs: Iterable[RunRecord], source: str) -> list[Sweep]:
     """Group runs into sweeps, with the noise of repeated runs as the error of their curves.
 
     Args:
@@ -236,7 +236,7 @@ def sweeps_of(runs: Iterable[Run], source: str) -> list[Sweep]:
     Returns:
       A sweep for each model, number of steps and batch size, in the order of the runs.
     """
-    grouped: dict[tuple[str, int | None, int | None], dict[tuple[int, float, float], list[Run]]] = {}
+    grouped: dict[tuple[str, int | None, int | None], dict[tuple[int, float, float], list[RunRecord]]] = {}
     for run in runs:
         sweep = grouped.setdefault((run.model, run.steps, run.batch_size), {})
         sweep.setdefault((run.rank, exponent(run.rule), run.alpha), []).append(run)
@@ -256,7 +256,7 @@ def sweeps_of(runs: Iterable[Run], source: str) -> list[Sweep]:
     return [replace(sweep, curves=tuple(_with_noise(curve, noise) for curve in sweep.curves)) for sweep in sweeps]
 
 
-def _curve_of(runs: Sequence[Run]) -> Curve:
+def _curve_of(runs: Sequence[RunRecord]) -> Curve:
     """Return the curve of the runs of one setting.
 
     Seeds are rows if every rate has the same ones. Otherwise the repetitions of a rate are averaged; a rate diverged if
@@ -301,7 +301,9 @@ class Noise:
         return np.asarray(self.deviations)[np.minimum(indices, len(self.rates) - 1)]
 
 
-def noise_of(sweeps: Sequence[Sweep], groups: Iterable[Mapping[tuple[int, float, float], Sequence[Run]]] = ()) -> Noise:
+def noise_of(
+    sweeps: Sequence[Sweep], groups: Iterable[Mapping[tuple[int, float, float], Sequence[RunRecord]]] = ()
+) -> Noise:
     """Estimate the noise of one run from repeated runs, or from the scatter of dense curves around their parabola.
 
     Neighbouring rates are pooled until a group has `MIN_CELLS` repeated settings.
@@ -384,12 +386,12 @@ def load_sweeps(source: str, folder: Path | None = None) -> list[Sweep]:
     return sweeps_of(_original_runs(original_path(source, folder)), source)
 
 
-def _original_runs(path: Path) -> list[Run]:
+def _original_runs(path: Path) -> list[RunRecord]:
     """Return the runs with adapters of an original file; runs of full fine-tuning are left out."""
     frame = frames.read_csv(path, text_columns=("model", "rank"), accepted="the losses as they were published")
     loss = "val_loss" if "val_loss" in frame else "test_nll"
     return [
-        Run(
+        RunRecord(
             row["model"], int(row["rank"]), float(row["alpha"]), "lora", float(row["learning_rate"]), float(row[loss]),
             int(row["steps"]), int(row["batch_size"]), int(row.get("seed") or 0),
         )

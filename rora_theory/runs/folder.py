@@ -70,7 +70,7 @@ class WeightSource(Protocol):
     def summary(self) -> str:
         """One line with the name, storage, origin and digest of the weights."""
 
-    def describe(self) -> dict[str, Any]:
+    def manifest_entries(self) -> dict[str, Any]:
         """Return the details of the weights that a run's manifest records."""
 
 
@@ -156,7 +156,7 @@ class RunFolder:
             manifest["config"] |= {key: value for key, value in extensions.items() if value is not None}
             manifest |= {"status": "running", "end": None, "command": sys.argv[1:]} | environment
             manifest |= as_json(dict(extra or {}))
-            if described := [model.describe() for model in models]:
+            if described := [model.manifest_entries() for model in models]:
                 manifest["weights"] = described
             for model in models:
                 logger.info(model.summary)

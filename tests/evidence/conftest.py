@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rora_theory.evidence.sweeps import Run, Sweep, sweeps_of
+from rora_theory.evidence.sweeps import RunRecord, Sweep, sweeps_of
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 
@@ -27,7 +27,7 @@ def sweep_of() -> Callable[..., Sweep]:
 
     def make(best: dict[tuple[int, float], float], *, model: str = "m", rates: tuple[float, ...] = RATES) -> Sweep:
         runs = [
-            Run(model, rank, gain, "lora", rate, math.exp(0.02 * math.log(rate / optimum) ** 2), 10, 4)
+            RunRecord(model, rank, gain, "lora", rate, math.exp(0.02 * math.log(rate / optimum) ** 2), 10, 4)
             for (rank, gain), optimum in best.items()
             for rate in rates
         ]

@@ -9,7 +9,7 @@ import pytest
 from rora_theory.errors import InputError
 from rora_theory.evidence.calibration import calibrate
 from rora_theory.evidence.policies import FactorRange
-from rora_theory.evidence.sweeps import Run, sweeps_of
+from rora_theory.evidence.sweeps import RunRecord, sweeps_of
 from rora_theory.stats.estimate import Estimate
 
 RATES = np.geomspace(1e-5, 1e-1, 41)
@@ -23,7 +23,7 @@ def within(factor: float):
 def models_with_ratios(ratios: list[float]):
     """Return sweeps of one pair each, whose best rates have the given ratio."""
     runs = [
-        Run(f"m{index}", rank, 32.0, "lora", rate, math.exp(0.02 * math.log(rate / best) ** 2))
+        RunRecord(f"m{index}", rank, 32.0, "lora", rate, math.exp(0.02 * math.log(rate / best) ** 2))
         for index, ratio in enumerate(ratios)
         for rank, best in ((4, 1e-3), (64, 1e-3 * ratio))
         for rate in RATES

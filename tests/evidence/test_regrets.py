@@ -22,7 +22,7 @@ from rora_theory.evidence.policies import (
 )
 from rora_theory.evidence.regrets import lands_on_diverged, regret_table, summarise_regrets
 from rora_theory.evidence.sources import original_path
-from rora_theory.evidence.sweeps import Run, load_sweeps, sweeps_of
+from rora_theory.evidence.sweeps import RunRecord, load_sweeps, sweeps_of
 
 DENSE = tuple(np.geomspace(1e-5, 1e-2, 61).tolist())
 
@@ -62,7 +62,7 @@ def test_the_regret_of_a_known_parabola(sweep_of) -> None:
 
 def test_a_rate_outside_the_grid_is_a_bound_and_one_where_runs_diverged_is_lost() -> None:
     runs = [
-        Run("m", rank, 32.0, "lora", rate, loss)
+        RunRecord("m", rank, 32.0, "lora", rate, loss)
         for rank, losses in ((8, (1.2, 1.0, 1.2, 1.4)), (64, (1.2, 1.0, 1.2, math.inf)))
         for rate, loss in zip((1e-4, 3e-4, 1e-3, 3e-3), losses, strict=True)
     ]

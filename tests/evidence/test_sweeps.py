@@ -10,17 +10,17 @@ import pytest
 from rora_theory.errors import InputError
 from rora_theory.evidence.best_rates import best_rates, estimate_exponent
 from rora_theory.evidence.sources import PACKAGE, SOURCES, original_path
-from rora_theory.evidence.sweeps import Run, load_sweeps, noise_of, read_run_table, sweeps_of
+from rora_theory.evidence.sweeps import RunRecord, load_sweeps, noise_of, read_run_table, sweeps_of
 from rora_theory.stats.rate_curves import REPEATS
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 HEADER = "model,rank,alpha,rule,learning_rate,loss"
 
 
-def parabola(rank: int, best: float, *, level: float = 1.0, seed: int = 0, model: str = "m") -> list[Run]:
+def parabola(rank: int, best: float, *, level: float = 1.0, seed: int = 0, model: str = "m") -> list[RunRecord]:
     """Return runs whose log loss is a parabola in the log rate, with its minimum at ``best``."""
     return [
-        Run(model, rank, 32.0, "lora", rate, level * math.exp(0.02 * math.log(rate / best) ** 2), 10, 4, seed)
+        RunRecord(model, rank, 32.0, "lora", rate, level * math.exp(0.02 * math.log(rate / best) ** 2), 10, 4, seed)
         for rate in RATES
     ]
 
@@ -57,7 +57,7 @@ def test_best_rates_and_exponents_of_known_parabolas() -> None:
 def test_a_best_rate_at_an_end_or_beside_a_diverged_run_is_not_inside() -> None:
     runs = [run for rank, best in ((1, 1e-5), (2, 1e-2), (4, 4e-4), (8, 1e-3)) for run in parabola(rank, best)]
     runs = [
-        run if (run.rank, run.learning_rate) != (8, 3e-3) else Run("m", 8, 32.0, "lora", 3e-3, math.inf, 10, 4)
+        run if (run.rank, run.learning_rate) != (8, 3e-3) else RunRecord("m", 8, 32.0, "lora", 3e-3, math.inf, 10, 4)
         for run in runs
     ]
     table = best_rates(sweeps_of(runs, "s"))
@@ -70,7 +70,7 @@ def test_repeats_are_averaged_and_give_the_noise() -> None:
     runs = [run for rank in range(1, 31) for run in parabola(rank, 5e-4)]
     repeats = [run for rank in range(1, 31) for run in parabola(rank, 5e-4, seed=1)[:2]]
     noisy = [
-        Run(
+        RunRecord(
             run.model,
             run.rank,
             run.alpha,

@@ -90,7 +90,7 @@ class ModelSource:
         """Storage of the weights, `identity.read_storage`."""
         return read_storage(self.path)
 
-    def describe(self) -> dict[str, Any]:
+    def manifest_entries(self) -> dict[str, Any]:
         """Return the details of the weights that a run's manifest records.
 
         A built-in model may be the hub's or a quantised GGUF file made from it; ``commit`` and ``container`` tell them

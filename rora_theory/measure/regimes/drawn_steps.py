@@ -10,7 +10,6 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from rora_theory import inits
-from rora_theory.inits import Init
 from rora_theory.laws.random.draws import draw_A, stream_key
 from rora_theory.measure.regimes.layer import SPLITS, Layer
 from rora_theory.measure.regimes.module_regime import RegimeConfig
@@ -58,12 +57,6 @@ def measure_adapters(config: RegimeConfig, layer: Layer) -> dict[tuple, dict[str
             rms = square_root(total.mean)
             results[key] = {"measured": rms.value, "standard_error": rms.error, "adapters": total.count}
     return results
-
-
-def draw_distance_rows(config: RegimeConfig, layer: Layer, init: Init) -> Float[np.ndarray, "rows p_in"]:
-    """Draw the rows of A from which `module_regime.measure_crossing_distances` computes crossing distances."""
-    key = stream_key(config.seed, f"{layer.name} {init} takeover")
-    return np.asarray(draw_A(key, init, rank=config.distance_rows, p_in=layer.grad.shape[1]))
 
 
 def step_adapters(

@@ -551,6 +551,7 @@ def _sample_keys(counts: Mapping[str, int], seed: list[int]) -> Float[np.ndarray
 
 
 def _draw_distance_rows(config: RegimeConfig, layer: Layer, init: Init) -> Float[np.ndarray, "rows p_in"]:
+    # The name is that of the published runs, whose draws it reproduces.
     random = np.random.default_rng([config.seed, seeds.seed_from_name(f"{layer.name} {init} takeover")])
     return inits.draw(random, init, rank=config.distance_rows, p_in=layer.grad.shape[1])
 

@@ -54,11 +54,11 @@ def test_a_model_states_the_storage_of_its_weights(model_folder, tmp_path):
     assert converted.summary == (
         f"model org: GGUF, quantised (Q4_1 75%, F32 25%), made from org/hf; sha256 {digests_of[converted][:12]}"
     )
-    assert converted.describe() == {
+    assert converted.manifest_entries() == {
         "model": "org", "repository": "org/hf", "commit": None, "sha256": digests_of[converted], "license": "mit",
         "container": "GGUF", "quantised": True, "types": {"Q4_1": 192, "F32": 64},
     }  # fmt: skip
-    assert original.describe()["types"] == {
+    assert original.manifest_entries()["types"] == {
         "F32": sum(leaf.size for leaf in jax.tree.leaves(llama.load(model_folder).params))
     }
     assert ModelSource(str(model_folder), model_folder).summary.startswith(

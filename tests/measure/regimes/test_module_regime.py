@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from rora_theory import inits
+from rora_theory.inits import Init
 from rora_theory.laws import constant_gradient
-from rora_theory.laws.random.draws import draw_A, stream_key
 from rora_theory.measure import tokens
-from rora_theory.measure.regimes import drawn_steps, module_regime, terms
+from rora_theory.measure.regimes import module_regime, terms
 from rora_theory.measure.regimes.layer import SPLITS, Layer
 from rora_theory.measure.regimes.module_regime import RegimeConfig
 
@@ -46,15 +46,14 @@ def test_crossing_distance_is_the_law_of_a_at_its_own_deviation(init) -> None:
     def crossing_distances(**changed) -> list[dict]:
         config = RegimeConfig(inits=(init,), rows=0, **{"seed": 3} | changed)
         # The rows of an exact measurement, of which there are more.
-        draw = partial(drawn_steps.draw_distance_rows, replace(config, exact=True), layer)
+        draw = partial(draw_rows, replace(config, exact=True), layer)
         return module_regime.measure_crossing_distances(config, layer, 5, draw)
 
     exact = crossing_distances(exact=True)
     assert [(row["layer"], row["split"], row["rank"]) for row in exact] == [
         (5, split, rank) for split in ("train", "heldout") for rank in (8, 32, 128)
     ]
-    key = stream_key(3, f"m {init} takeover")  # the very draws
-    drawn = np.asarray(draw_A(key, init, rank=256, p_in=20))
+    drawn = draw_rows(RegimeConfig(rows=0, seed=3, exact=True), layer, init)  # the very draws
     for row in exact:
         lora_A = drawn * (256 / row["rank"] if init == "gaussian" else 1)
         law = constant_gradient.row_terms(grad, layer.inputs[row["split"]], lora_A)
@@ -68,17 +67,22 @@ def test_crossing_distance_is_the_law_of_a_at_its_own_deviation(init) -> None:
             expected["crossing_distance"], rel=module_regime.MAX_RELATIVE_ERRORS["crossing_distance"]
         )
         assert not [name for name in row if name.startswith("turn")]
-    fast = RegimeConfig(inits=(init,), rows=0)
-    assert len(drawn_steps.draw_distance_rows(fast, layer, init)) == fast.distance_rows == 64
+    assert (RegimeConfig(rows=0).distance_rows, len(drawn)) == (64, 256)
     other_draws = crossing_distances(seed=4)[0]["crossing_distance"]
     assert other_draws == pytest.approx(exact[0]["crossing_distance"], rel=0.3)
     assert other_draws != pytest.approx(exact[0]["crossing_distance"], rel=1e-6)
 
 
+def draw_rows(config: RegimeConfig, layer: Layer, init: Init) -> np.ndarray:
+    """Return the rows of A from which crossing distances are computed."""
+    random = np.random.default_rng(config.seed)
+    return inits.draw(random, init, rank=config.distance_rows, p_in=layer.grad.shape[1])
+
+
 def check_stated_errors(layer: Layer) -> None:
     """Compare the default with exact=True for every optimizer and init, on one draw of A's rows."""
     config = RegimeConfig(ranks=(8,), rules=("lora",), rows=0)
-    draw = partial(drawn_steps.draw_distance_rows, config, layer)
+    draw = partial(draw_rows, config, layer)
     fast, exact = (
         module_regime.measure_module(replace(config, exact=exact), layer, 0, draw) for exact in (False, True)
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from rora_theory.evidence import derived, report
+from rora_theory.evidence import derived, source_tables
 from rora_theory.evidence.sources import SOURCES, SWEEPS
 
 KEYS = {
@@ -22,7 +22,7 @@ KEYS = {
 
 @pytest.mark.slow
 def test_the_packages_tables_are_those_of_the_originals(originals: Path) -> None:
-    computed = report.all_tables(originals)
+    computed = source_tables.all_tables(originals)
     assert set(computed) == set(derived.TABLES) == set(KEYS)
     unlicensed = [name for name, source in SOURCES.items() if source.file is None]
     for name, keys in KEYS.items():
@@ -44,7 +44,7 @@ def test_the_packages_tables_are_those_of_the_originals(originals: Path) -> None
 
 
 def test_every_source_has_its_settings() -> None:
-    table = report.source_table()
+    table = source_tables.source_table()
     assert table["source" if "source" in table else "name"].tolist() == list(SOURCES)
     assert not table.drop(columns="path").isin([""]).any(axis=None)
     # Only a source with a licence has its losses in the package.
