@@ -5,15 +5,15 @@ import importlib.metadata
 import os
 import re
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rora_theory.errors import InputError, first_line
 from rora_theory.lab.llama.config import LlamaConfig
-from rora_theory.lab.llama.identity import Storage, has_digest, model_digest, read_storage
-from rora_theory.lab.llama.model_cache import MissingModelError, cache_model, model_cache_folder
+from rora_theory.lab.llama.identity import Storage, model_digest, read_storage
+from rora_theory.lab.llama.model_cache import cache_model, model_cache_folder
 from rora_theory.lab.llama.weights import weight_files
 from rora_theory.runs.files import check_regular, read_object
 
@@ -135,26 +135,6 @@ class ModelSource:
         """Return the entries that identify the model in a run's configuration."""
         return {"model": self.label, "commit": self.commit, "model_sha256": self.sha256}
 
-    def find_here(self) -> "ModelSource":
-        """Find the same files on this machine, if another machine located them and computed their `sha256`.
-
-        The files are at the same path, in this machine's model cache, or on the hub.
-
-        Raises:
-          MissingModelError: The files are not available on this machine.
-        """
-        # The digest decides, because another machine may have other files under the same path.
-        for path in (self.path, model_cache_folder(self.sha256) / self.path.name):
-            if has_digest(path, self.sha256):
-                return replace(self, path=path)
-        # The hub, or a package that is installed on this machine.
-        if self.repository is not None:
-            with contextlib.suppress(InputError):
-                source = locate(self.name, self.commit)
-                if source.sha256 == self.sha256:
-                    return source
-        raise MissingModelError(self.path, self.sha256)
-
 
 def locate(name: str | Path, revision: str | None = None) -> ModelSource:
     """Find the folder in Hugging Face layout, or the GGUF file, of a model; download it if necessary.
@@ -255,7 +235,7 @@ def _packaged(built_in: BuiltIn) -> Path | None:
 
     remedy = f"a part is damaged. Reinstall {', '.join(built_in.parts)}."
     try:
-        return cache_model(built_in.sha256, name, write, has_digest=has_digest, remedy=remedy)
+        return cache_model(built_in.sha256, name, write, remedy=remedy)
     except OSError as error:
         raise InputError(f"{joined}: cannot be written: {error.strerror or error}") from error
 

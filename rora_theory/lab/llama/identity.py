@@ -1,13 +1,10 @@
 """Identity of a model: the digest of its files and the storage of its weights, not the name it was loaded by."""
 
-import contextlib
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from rora_theory.errors import InputError
 from rora_theory.lab.llama.weights import TOKENIZER_FILES, read_headers, weight_files
 from rora_theory.runs import digests
 
@@ -31,13 +28,6 @@ def model_digest(source: Path) -> str:
       InputError: A file cannot be read, or the folder has no safetensors.
     """
     return digests.of_files(model_files(source)) if source.is_dir() else digests.of_file(source)
-
-
-def has_digest(source: Path, sha256: str) -> bool:
-    """Return whether the files at a path are the model of that digest; False if they are missing or damaged."""
-    with contextlib.suppress(InputError):  # a folder without a model
-        return os.path.exists(source) and model_digest(source) == sha256
-    return False
 
 
 def model_files(source: Path) -> list[Path]:

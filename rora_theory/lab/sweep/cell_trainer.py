@@ -77,7 +77,6 @@ class CellTrainer:
       scoring: Protocol of the scoring.
       score_batch_size: Batch size of the scoring.
       measures_parts: Whether to measure the A part and the B part of the change (`change_parts`) at every read-out.
-      is_remote: Whether the models were located on another machine.
     """
 
     def __init__(
@@ -90,10 +89,9 @@ class CellTrainer:
         scoring: Scoring,
         score_batch_size: int = SCORE_BATCH_SIZE,
         measures_parts: bool = False,
-        is_remote: bool = False,
     ) -> None:
         self.shared, self.records, self.tasks, self.located = shared, records, tasks, located
-        self.scoring, self.score_batch_size, self.is_remote = scoring, score_batch_size, is_remote
+        self.scoring, self.score_batch_size = scoring, score_batch_size
         self.measures_parts = measures_parts
         self._opened: tuple[str, str] | None = None
         self._tokenized: str | None = None
@@ -101,12 +99,9 @@ class CellTrainer:
         self.steps = SharedSteps()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle this object without its model, which is opened again on the other machine."""
-        # Compute the digests here, so that the other machine can compare its files with them.
-        for located in self.located.values():
-            located.sha256  # noqa: B018
+        """Pickle this object without its model, which is opened again where it is used."""
         options: dict[str, Any] = {"scoring": self.scoring, "score_batch_size": self.score_batch_size}
-        options |= {"measures_parts": self.measures_parts, "is_remote": True}
+        options["measures_parts"] = self.measures_parts
         return partial(CellTrainer, **options), (self.shared, self.records, self.tasks, self.located)
 
     def open(self, model: str, quantization: Quantization | None = None) -> list[str]:
@@ -120,7 +115,6 @@ class CellTrainer:
           Remarks about the model for the user; empty if it was in memory.
 
         Raises:
-          MissingModelError: If the model was located on another machine and is missing on this one.
           InputError: If `llama.load` or `tokenize` refuses the model.
         """
         quantization = quantization or self.shared.quantization
@@ -136,7 +130,9 @@ class CellTrainer:
         return list(self.model.remarks)
 
     def _find(self, model: str) -> llama.ModelSource:
-        return self.located[model].find_here() if self.is_remote else self.located[model]
+        located = self.located[model]
+        # Another machine of a cluster may not have the files of a hub id yet.
+        return located if located.path.exists() else llama.locate(located.name, located.commit)
 
     def tokenize(self, model: str) -> None:
         """Tokenize the records for a model.

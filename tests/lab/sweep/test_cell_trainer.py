@@ -116,6 +116,21 @@ def test_the_base_has_the_storage_of_the_settings(cell_trainer, tmp_path, monkey
     assert 0.02 < error < 0.2, "4 bits round by a few per cent"
 
 
+def test_another_machine_finds_a_model_that_it_lacks_by_its_name(cell_trainer, tmp_path, monkeypatch) -> None:
+    """The unpickled trainer has no model; its files are looked up by hub id and commit if the path is not there."""
+    (here,) = cell_trainer.located.values()
+    away = dataclasses.replace(here, name="me/model", path=tmp_path / "elsewhere", repository="me/model", commit="c")
+    make, arguments = cell_trainer.__reduce__()
+    trainer = make(*arguments[:3], {"me/model": away})
+    asked = []
+    monkeypatch.setattr(llama, "locate", lambda *name_and_commit: asked.append(name_and_commit) or here)
+    assert trainer.open("me/model") == []
+    assert set(asked) == {("me/model", "c")}
+    asked.clear()
+    make(*arguments).open(here.name)
+    assert not asked
+
+
 def test_a_held_out_record_longer_than_the_context_is_refused(cell_trainer, tmp_path) -> None:
     """Losses are over whole records, so none is cut within its answer."""
     rows = [{"instruction": word, "output": "a" * 600} for word in checkpoint.WORDS[:6]]
