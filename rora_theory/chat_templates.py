@@ -180,14 +180,7 @@ class ChatTemplate:
         turns: Sequence[int],
         selected: Sequence[int],
     ) -> RenderedText:
-        """Render a chat and locate some of the assistant's turns.
-
-        Args:
-          messages: Turns of the chat.
-          tools: Descriptions of tools.
-          turns: Indices of all assistant messages.
-          selected: Indices of those to locate.
-        """
+        """Render a chat and locate some of the assistant's turns."""
         if not self.has_generation_blocks:
             # Locate the turns in order, each after the end of the one before.
             text = self.render(messages, tools)
@@ -269,11 +262,6 @@ class ChatTemplate:
     def _generation_prompt(self, prompt_text: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any]) -> str:
         """Return the generation prompt that ends ``prompt_text``.
 
-        Args:
-          prompt_text: Text of the messages, rendered with the generation prompt.
-          messages: Turns before the one that the model is prompted for.
-          tools: Descriptions of tools.
-
         Raises:
           InputError: The template does not append the generation prompt to the text of the messages.
         """
@@ -313,12 +301,7 @@ class ChatTemplate:
 
 
 def mark_tokens(offsets: Int[np.ndarray, "n 2"], spans: Sequence[tuple[int, int]]) -> Bool[np.ndarray, " n"]:
-    """Mark the tokens that overlap a part of a text.
-
-    Args:
-      offsets: Index of each token's first character, and index after its last.
-      spans: Begin and end of each part.
-    """
+    """Mark the tokens that overlap a part of a text."""
     token_begins, token_ends = offsets.T
     is_marked = np.zeros(len(offsets), bool)
     for begin, end in spans:

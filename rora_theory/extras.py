@@ -48,9 +48,6 @@ def missing(error: ImportError) -> Any:
 
     Its attributes are placeholders too, it can be a base class or an annotation, and calling it raises `InputError`.
 
-    Args:
-      error: Exception raised by the import.
-
     Returns:
       The placeholder.
 

@@ -82,10 +82,6 @@ class EvaluateOptions:
 def load_scored_model(config: EvaluateOptions, origin: ModelSource) -> tuple[Model, Adapter | None]:
     """Load the model to score, and its adapter.
 
-    Args:
-      config: Options of the evaluation.
-      origin: Files of the model.
-
     Returns:
       The model, and the adapter unless there is none or it is merged into the model.
 

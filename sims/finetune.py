@@ -74,9 +74,6 @@ def finetune_model(config: FinetuneOptions) -> None:
     """Validate the inputs, train, and write the adapter.
 
     With several processes, each process calls this function; only the first one prints and writes.
-
-    Args:
-      config: Options of the fine-tuning run.
     """
     # Connect the processes before anything else uses JAX.
     if config.processes.join():
@@ -153,11 +150,6 @@ def record_start(
 
 def train(trainer: Trainer, folder: RunFolder, log_to: TrackerName | None = None) -> list[dict[str, Any]]:
     """Train to the end, writing every event to `metrics.jsonl`, then all events to `results.csv`.
-
-    Args:
-      trainer: Trainer of the run.
-      folder: Run folder.
-      log_to: Tracker that also receives the events.
 
     Returns:
       All events of the run.

@@ -109,13 +109,7 @@ def measure_rate_transfer(config: LrTransferOptions) -> None:
 
 
 def report(best: pd.DataFrame, slopes: pd.DataFrame, compared: Sequence[Comparison]) -> None:
-    """Print the best rates, their slopes against the rank, and the comparisons of rules.
-
-    Args:
-      best: Best rate of each curve.
-      slopes: Slopes of the best rates.
-      compared: Comparisons of two rules at the largest rank.
-    """
+    """Print the best rates, their slopes against the rank, and the comparisons of rules."""
     answers.print_answer(describe_slopes(slopes))
     # A line for each optimizer, trained factors and rule; a column for each rank.
     ranks, line = sorted(set(best["rank"])), ["optimizer", "trained", "rule"]

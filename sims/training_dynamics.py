@@ -65,13 +65,7 @@ def measure_dynamics(config: TrainingDynamicsOptions) -> None:
 
 
 def report(grid: ControlledGrid, rows: pd.DataFrame, fits: pd.DataFrame) -> None:
-    """Print the answer, the slopes at the first, a middle and the last step, and the diverged cells.
-
-    Args:
-      grid: Settings of the training.
-      rows: Measured quantities.
-      fits: Slopes of the quantities against the rank.
-    """
+    """Print the answer, the slopes at the first, a middle and the last step, and the diverged cells."""
     answers.print_answer(rank_exponents.describe_fits(fits))
     # First, middle and last step.
     steps = dict.fromkeys((grid.steps[0], grid.steps[len(grid.steps) // 2], grid.steps[-1]))

@@ -84,13 +84,7 @@ def frame_of(values: list[Any], *, direct: bool = False) -> pd.DataFrame:
 
 
 def report(results: pd.DataFrame, check: pd.DataFrame, judged: Sequence[verdicts.Verdict]) -> None:
-    """Print how many equations hold, then the exponents, the verdicts and the result of the direct check.
-
-    Args:
-      results: Simulated and exact moments of the grid.
-      check: Moments of the direct check.
-      judged: Verdicts on the equations.
-    """
+    """Print how many equations hold, then the exponents, the verdicts and the result of the direct check."""
     answers.print_answer(verdicts.describe_verdicts(judged))
     # Exponents of the norm, in a table for each optimizer and init.
     slopes = simulation.simulated_exponents(results)

@@ -149,12 +149,6 @@ def prepare_windows(
 ) -> TrainingData:
     """Cut the text into windows, and batch them for training and validation.
 
-    Args:
-      texts: Documents.
-      tokenizer: Tokenizer of the model.
-      shape: Sizes of the model.
-      settings: Settings of the run.
-
     Returns:
       The batches. The summary has the numbers of windows, of their tokens and of the text's bytes, and the loss of the
       best guess that ignores the context: the cross-entropy of the held-out tokens under the frequencies of the
@@ -191,10 +185,6 @@ def unigram_loss(train: Int[np.ndarray, "n s"], held_out: Int[np.ndarray, "m s"]
 
     Every token is counted once more than it occurs, so that a token that training lacks has a finite loss. The first
     token of a window is not predicted.
-
-    Args:
-      train: Training windows.
-      held_out: Held-out windows.
 
     Returns:
       The loss in nats per token.

@@ -161,9 +161,6 @@ def _remove_large(
 
     An entry is large relative to the root sum of squares of the small ones, which decreases as entries become large.
 
-    Args:
-      squares: Squares of the entries.
-
     Returns:
       The rows and columns of the large entries, row by row, and the sum of the squares of the small ones in each row.
     """

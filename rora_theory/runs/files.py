@@ -153,10 +153,6 @@ def _exists(path: Path) -> bool:
 def read_text(path: str | Path, *, accepted: str = "a text file in UTF-8") -> str:
     """Read a text file in UTF-8 without changing its line ends. A byte-order mark at its start is removed.
 
-    Args:
-      path: Path of the file.
-      accepted: Description of the expected file, for error messages.
-
     Raises:
       InputError: `read_bytes` refuses the file, or a byte is not UTF-8; the message names the byte.
     """
@@ -169,10 +165,6 @@ def read_text(path: str | Path, *, accepted: str = "a text file in UTF-8") -> st
 def read_json(path: str | Path, *, accepted: str = "a JSON file") -> Any:
     """Read the value in a JSON file.
 
-    Args:
-      path: Path of the file.
-      accepted: Description of the expected file, for error messages.
-
     Raises:
       InputError: `read_text` or `parse_json` refuses the file.
     """
@@ -181,10 +173,6 @@ def read_json(path: str | Path, *, accepted: str = "a JSON file") -> Any:
 
 def read_object(path: str | Path, *, accepted: str = "a JSON object") -> dict[str, Any]:
     """Read the object in a JSON file.
-
-    Args:
-      path: Path of the file.
-      accepted: Description of the expected file, for error messages.
 
     Raises:
       InputError: `read_json` refuses the file, or its value is not an object.
@@ -218,11 +206,7 @@ def parse_json(text: str, *, where: str, accepted: str = "JSON") -> Any:
 
 @contextlib.contextmanager
 def naming_damage(where: str | Path) -> Iterator[None]:
-    """Raise `InputError` if the block fails because a value read from a file is missing or has the wrong type.
-
-    Args:
-      where: Name of the file, for the error message.
-    """
+    """Raise `InputError` if the block fails because a value read from a file is missing or has the wrong type."""
     try:
         yield
     except InputError:
@@ -234,11 +218,6 @@ def naming_damage(where: str | Path) -> Iterator[None]:
 
 def parse_yaml(text: str, *, where: str, accepted: str = "YAML") -> Any:
     """Parse a YAML text.
-
-    Args:
-      text: YAML source.
-      where: Name of the file, for the errors.
-      accepted: Description of the expected content, for the errors.
 
     Raises:
       InputError: The text is not YAML.

@@ -38,9 +38,6 @@ Share = Annotated[float, check_share]
 def check_ranges(config: Any) -> None:
     """Check every field of a dataclass whose type declares a range. Optional fields may be None.
 
-    Args:
-      config: Dataclass instance.
-
     Raises:
       InputError: A value is out of its range.
 

@@ -47,13 +47,7 @@ def collect_json() -> None:
 
 
 def print_answer(sentence: str, warnings: Iterable[str] = (), /, **more: Any) -> None:
-    """Print the answer of a command and its warnings.
-
-    Args:
-      sentence: Answer of the command.
-      warnings: Sentences about the limits of the answer.
-      **more: Further entries of the JSON object.
-    """
+    """Print the answer of a command and its warnings."""
     printed.append(PrintedAnswer(sentence, list(warnings), more))
     for text in (sentence, *printed[-1].warnings):
         tables.print_text(text)

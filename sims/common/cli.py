@@ -235,9 +235,6 @@ def run_command(main: Callable[[], object]) -> None:
     The status is 2 for bad input, for files that cannot be used and for lack of memory, 1 for `FailedError`, 130 for
     Ctrl-C and 143 for SIGTERM. An open run is marked as failed or interrupted. If the reader of the output has gone
     (``| head``), the command ends silently with 141, the status of a process that a closed pipe ends.
-
-    Args:
-      main: Function that does the work.
     """
     open_before = folder.count_open()
     _library.propagate = False  # another library's handler of the root logger would print each note again
@@ -325,10 +322,6 @@ _library.setLevel(logging.INFO)
 
 def fail(message: str, *, status: int = 2) -> NoReturn:
     """Print one line ``error: ...`` on standard error and exit.
-
-    Args:
-      message: Error message.
-      status: Exit status.
 
     Raises:
       SystemExit: Always.

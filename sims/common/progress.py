@@ -16,11 +16,6 @@ SPEED_SECONDS = 600.0
 def progress_bar(description: str, total: float, *, fields: str = "") -> Iterator["Bar"]:
     """Show a progress bar on standard error while the block runs.
 
-    Args:
-      description: Title of the bar.
-      total: Number of steps.
-      fields: Format string of the values that are shown after the times.
-
     Yields:
       Handle that advances the bar.
 

@@ -21,14 +21,7 @@ def print_summary(records: RecordSet, template: str | None) -> None:
 
 
 def save_prompts(folder: RunFolder, examples: Examples, tokenizer: Any, *, show: int) -> None:
-    """Write the first prompts to `FILE`, and print some of them.
-
-    Args:
-      folder: Run folder.
-      examples: Tokenized examples.
-      tokenizer: Tokenizer of the model.
-      show: Number of prompts to print.
-    """
+    """Write the first prompts to `FILE`, and print some of them."""
     prompts = prompt_preview.preview_prompts(examples, tokenizer, max(show, SAVED_PROMPTS))
     folder.write(FILE, "".join(json.dumps(prompt._asdict(), ensure_ascii=False) + "\n" for prompt in prompts))
     for number, prompt in enumerate(prompts[:show], start=1):

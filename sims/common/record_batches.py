@@ -56,11 +56,6 @@ class BatchPair(NamedTuple):
 def make_batch_pair(config: PairConfig, inputs: ModelInputs, *, seed: int = 0) -> BatchPair:
     """Create a training batch and a batch of other records, each padded to its longest record.
 
-    Args:
-      config: Sizes of the batches.
-      inputs: Records to split and the model's tokenizer.
-      seed: Seed of the split.
-
     Returns:
       The two batches and the tokenized records of the training batch.
 

@@ -119,11 +119,6 @@ def split_records(records: Sequence[T], held_out: int, seed: int) -> tuple[list[
 
     The permutation is that of `datasets.Dataset.train_test_split` at the same seed.
 
-    Args:
-      records: Records to split.
-      held_out: Number of validation records.
-      seed: Seed of the permutation.
-
     Returns:
       The training records and the validation records.
 
@@ -368,9 +363,6 @@ class Batches:
     def limit_widths(self, max_width: int) -> "Batches":
         """Return the same batches, padded to at most ``max_width``.
 
-        Args:
-          max_width: Maximum number of positions that the model reads.
-
         Raises:
           InputError: A record is longer.
         """
@@ -466,12 +458,7 @@ PREFETCHED_BATCHES = 2
 
 
 def prefetch(batches: Batches, *, start: int = 0) -> Iterator[Batch]:
-    """Yield the batches from step ``start`` on, prepared ahead in a background thread.
-
-    Args:
-      batches: Batches of the run.
-      start: Step of the first batch.
-    """
+    """Yield the batches from step ``start`` on, prepared ahead in a background thread."""
     steps = iter(range(start, len(batches)))
     with ThreadPoolExecutor(1) as thread:
         pending = deque(thread.submit(batches.__getitem__, step) for step in islice(steps, PREFETCHED_BATCHES))

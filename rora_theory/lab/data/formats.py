@@ -139,9 +139,6 @@ class RecordErrors:
         """Raise `InputError` if there are any errors.
 
         Equal messages concern something that all records share, such as the template, so the error has only one.
-
-        Args:
-          total: Number of all records, good and bad.
         """
         if len(set(self.messages)) == 1:
             raise InputError(self.messages[0])
@@ -226,10 +223,6 @@ class RawRecord:
 
     def objects(self, key: str, *, optional: bool = False) -> list[dict[str, Any]]:
         """Return the list of objects of a field.
-
-        Args:
-          key: Name of the field.
-          optional: Whether the field may be missing.
 
         Raises:
           InputError: The value is not a list of objects.
@@ -370,13 +363,7 @@ def _parse_sharegpt(raw: RawRecord) -> Chat:
 
 
 def _make_chat(raw: RawRecord, key: str, messages: list[dict[str, Any]]) -> Chat:
-    """Return a chat, and raise `InputError` if it has no assistant turn to learn.
-
-    Args:
-      raw: Object of the source.
-      key: Name of the field with the messages.
-      messages: Messages of the chat.
-    """
+    """Return a chat, and raise `InputError` if it has no assistant turn to learn."""
     # A turn without a weight is learned.
     weights = [message.get("weight") for message in messages if message["role"] == ASSISTANT]
     if not weights:
@@ -436,10 +423,6 @@ def matching_formats(value: dict[str, Any], field_names: Mapping[str, str]) -> l
 
     A field that the source has another name for counts as present only under that name. Formats that use more of the
     renamed fields come first.
-
-    Args:
-      value: Object of a source.
-      field_names: The source's own names of fields, by the names used here.
     """
 
     def matches(form: Format) -> bool:

@@ -128,11 +128,6 @@ def encode_choices(
     already begins with this token gets no second one. Sequences are truncated on the left to ``max_length + 1`` tokens,
     because the last token is scored and not read.
 
-    Args:
-      tokenizer: Tokenizer of the model.
-      items: Choices of each item.
-      max_length: Maximum number of tokens that the model reads.
-
     Raises:
       InputError: If a continuation has no token, or more than ``max_length``.
     """

@@ -147,10 +147,6 @@ def _score_block(
 
 
 def visible(end: Int[Array, "r t"]) -> Bool[Array, "r t t"]:
-    """Return whether each query (axis 1) may attend to each key (axis 2), see `packing`.
-
-    Args:
-      end: Slot after the last descendant of each slot.
-    """
+    """Return whether each query (axis 1) may attend to each key (axis 2), see `packing`."""
     order = jnp.arange(end.shape[1])
     return (order[None, None, :] <= order[None, :, None]) & (order[None, :, None] < end[:, None, :])

@@ -112,10 +112,6 @@ class Checkpoints:
     def restore(self, step: int, like: State) -> tuple[State, Progress]:
         """Load a checkpoint.
 
-        Args:
-          step: Step of the checkpoint.
-          like: State with the same structure, shapes and placement on devices.
-
         Raises:
           InputError: If the checkpoint cannot be read, or belongs to another model or adapter.
         """

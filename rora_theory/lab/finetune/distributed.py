@@ -30,9 +30,6 @@ class ProcessConfig:
     def join(self, *, timeout: int = 300) -> bool:
         """Connect to the other processes, before any other use of JAX.
 
-        Args:
-          timeout: Maximum number of seconds to wait for the other processes.
-
         Returns:
           Whether there are several processes.
 

@@ -144,14 +144,7 @@ def _losses(
 def perplexity(
     params: Any, llama_config: LlamaConfig, windows: Int[np.ndarray, "n s"], *, batch_size: int = SMALL_BATCH_SIZE
 ) -> float:
-    """Compute the exponential of the mean next-token loss over all windows, or infinity on overflow.
-
-    Args:
-      params: Weights of the model.
-      llama_config: Configuration of the model.
-      windows: Token windows of equal length.
-      batch_size: Number of windows processed together.
-    """
+    """Compute the exponential of the mean next-token loss over all windows, or infinity on overflow."""
 
     @jax.jit
     def loss(params: Any, rows: Int[Array, "b s"]) -> Float[Array, ""]:

@@ -72,13 +72,7 @@ def cross_entropy_of_trained_head(
 
 
 def count_blocks(positions: int, vocabulary: int, logits_bytes: int) -> int:
-    """Return the number of blocks into which `cross_entropy` divides the vocabulary.
-
-    Args:
-      positions: Number of positions of the batch.
-      vocabulary: Number of tokens of the vocabulary.
-      logits_bytes: Maximum number of bytes of logits held at once.
-    """
+    """Return the number of blocks into which `cross_entropy` divides the vocabulary."""
     block_size = max(1, min(_MAX_BLOCK_SIZE, logits_bytes // (4 * positions)))
     fewest = -(-vocabulary // block_size)
     # Blocks of equal size need no mask. Most vocabularies are padded to a multiple of 64 or more, so that there is a

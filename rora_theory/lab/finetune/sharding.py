@@ -81,10 +81,6 @@ class Layout:
     def check_batch(self, batch: int, accumulation: int = 1) -> None:
         """Raise an error unless the devices can share a batch evenly.
 
-        Args:
-          batch: Number of rows.
-          accumulation: Number of microbatches that the rows are divided into.
-
         Raises:
           InputError: If the rows of a microbatch are not a multiple of the number of devices.
         """
@@ -116,11 +112,6 @@ def layout_over_all_devices(
     llama_config: LlamaConfig, config: FinetuneConfig, *, split_weights: bool = False
 ) -> tuple[Layout | None, Any]:
     """Return the layout over all devices and the shardings of the base weights, or two None on a single device.
-
-    Args:
-      llama_config: Configuration of the base model.
-      config: Fine-tuning configuration.
-      split_weights: Whether the base weights are split over the devices.
 
     Raises:
       InputError: If the devices cannot share the batch evenly.

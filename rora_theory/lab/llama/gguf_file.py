@@ -145,10 +145,6 @@ def config_from_gguf(reader: GGUFReader, where: str) -> LlamaConfig:
     LLaMA 3.1's rotary scaling is stored as divisors of the frequencies, ``rope_freqs.weight``, without the parameters
     that made them. The parameters are recovered and checked against the divisors.
 
-    Args:
-      reader: Open file.
-      where: Name of the file, for the error.
-
     Raises:
       InputError: The architecture, a key or a value is not supported, or one is missing.
     """

@@ -90,10 +90,6 @@ PRE_TOKENIZERS = {
 def build_tokenizer(reader: GGUFReader, where: str) -> tuple[Tokenizer, dict[str, Any]]:
     """Build the tokenizer in a file's metadata.
 
-    Args:
-      reader: Open file.
-      where: Name of the file, for the errors.
-
     Returns:
       The object of the `tokenizers` library, and the arguments with which `transformers.PreTrainedTokenizerFast` wraps
       it: the special tokens, whether they are put before and after a text, and the chat template.
@@ -162,10 +158,6 @@ def sentencepiece_tokenizer(pieces: Sequence[Piece], *, add_dummy_prefix: bool =
 
     If two cuts of one piece compete, sentencepiece merges the leftmost, which a list of merges cannot express. The cut
     with the longer left part comes first, as in the checkpoints' own `tokenizer.json`.
-
-    Args:
-      pieces: Vocabulary.
-      add_dummy_prefix: Whether a space is put before the text.
 
     Raises:
       InputError: A piece occurs twice, or there is no unknown piece.

@@ -20,12 +20,6 @@ def model_cache_folder(sha256: str) -> Path:
 def cache_model(sha256: str, name: str, write: Callable[[Path], None], *, remedy: str) -> Path:
     """Write a model to its cache folder once, so that readers see all of it or nothing; replace a damaged one.
 
-    Args:
-      sha256: Digest of the model's file.
-      name: Name of the file.
-      write: Function that writes the file to the folder that it is given.
-      remedy: Cause of a wrong digest and how to fix it, for the error.
-
     Returns:
       The path of the model in the cache.
 

@@ -191,10 +191,6 @@ def plan_shape(config: LlamaConfig, share: float) -> PrunedShape:
     Layers, and heads within them, are cut in the same proportion. The feed-forward width uses the remaining parameters,
     in steps of `MULTIPLE`.
 
-    Args:
-      config: Configuration of the model.
-      share: Maximum share of the parameters.
-
     Raises:
       InputError: The share is outside (0, 1] or smaller than that of the embeddings.
     """
@@ -285,11 +281,6 @@ def prune_model(
 ) -> "tuple[Model, pd.DataFrame]":
     """Prune a model to the parts that contribute most on batches of text.
 
-    Args:
-      model: Model to prune. Quantised weights become dense.
-      batches: Token ids of calibration text.
-      shape: Sizes of the pruned model.
-
     Returns:
       The pruned model, and the `pruning_table` of its parts.
     """
@@ -315,12 +306,7 @@ def _positions(blocks: np.ndarray, size: int) -> np.ndarray:
 
 
 def pruning_table(scores: Scores, parts: KeptParts) -> "pd.DataFrame":
-    """Make a table with one row for each layer of the original model, see `UNITS`.
-
-    Args:
-      scores: Contribution of every part.
-      parts: Parts that were kept.
-    """
+    """Make a table with one row for each layer of the original model, see `UNITS`."""
     rows = []
     for layer, influence in enumerate(scores.layers.tolist()):
         row: dict[str, Any] = {"layer": layer, "influence": influence, "kept": layer in parts.layers}

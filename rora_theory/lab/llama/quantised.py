@@ -149,11 +149,6 @@ def write_layer(out: QuantisedWeight, layer: int, stored: UInt8[np.ndarray, "o b
     """Write a GGUF file's blocks of one weight to a layer of host arrays: the same bits in another order.
 
     A stored block is its scale, its offset (``q4_1`` only) and its codes, one after the other.
-
-    Args:
-      out: Host arrays of all layers.
-      layer: Index of the layer.
-      stored: Blocks of the weight, row by row.
     """
     # A block begins with its float16 numbers; the codes are the rest of it.
     halves = [out.scales] if out.mins is None else [out.scales, out.mins]

@@ -70,10 +70,6 @@ def angles(config: LlamaConfig, positions: Int[Array, "b s"], *, windowed: bool 
 def layer_angles(config: LlamaConfig, positions: Int[Array, "b s"]) -> Callable[[Bool[Array, ""] | None], Angles]:
     """Compute the angles of all layers at once, outside a scan over the layers.
 
-    Args:
-      config: Configuration of the model.
-      positions: Position of each token.
-
     Returns:
       A function that selects one layer's angles. Its argument is the layer's entry of `model.windowed_layers`: whether
       the layer has a sliding window, or None if all layers are alike.

@@ -36,10 +36,6 @@ def save_model(folder: Path, model: Model) -> None:
 def tokenizer_files(tokenizer: Tokenizer, config: LlamaConfig) -> dict[str, bytes]:
     """Return the files of a tokenizer as transformers saves them, and `generation_config.json`.
 
-    Args:
-      tokenizer: Tokenizer to save.
-      config: Configuration of its model.
-
     Returns:
       The content of each file by its name.
     """

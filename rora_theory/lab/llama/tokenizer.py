@@ -120,9 +120,6 @@ class Tokenizer:
     def encode_with_offsets(self, texts: Sequence[str]) -> list[TokensWithOffsets]:
         """Encode texts without a beginning or end, with the characters that each token covers.
 
-        Args:
-          texts: Texts to encode.
-
         Raises:
           InputError: A text contains a token that the model has no embedding for, or the tokenizer fails on it.
         """

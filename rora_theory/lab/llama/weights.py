@@ -99,11 +99,6 @@ def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 def check_shapes(where: str, shapes: Mapping[str, tuple[int, ...]], config: LlamaConfig) -> None:
     """Check that a checkpoint has exactly the tensors of its configuration.
 
-    Args:
-      where: Name of the checkpoint, for the error.
-      shapes: Shapes of the checkpoint's tensors.
-      config: Configuration of the model.
-
     Raises:
       InputError: Tensors are missing, unknown or of another shape; the message names the first ones.
     """

@@ -137,9 +137,6 @@ class CellTrainer:
     def tokenize(self, model: str) -> None:
         """Tokenize the records for a model.
 
-        Args:
-          model: Name of the model.
-
         Raises:
           InputError: If a held-out record is longer than the context, or the chat template needs a date that is not
             set.

@@ -20,9 +20,6 @@ GRID_STEP = 1 / 4
 def part_table(runs: Sequence[SweepRun]) -> pd.DataFrame:
     """Tabulate the ratio of the A part to the B part of the change at every reading where they were measured.
 
-    Args:
-      runs: Runs of the grid.
-
     Returns:
       A row for each reading after which a B has moved: ``rank``, ``gain``, ``learning_rate``, ``seed`` and ``step``,
       and the median and the quantiles 5% and 95% over modules of ``ratio``, the rms of the A part over that of the B
