@@ -62,19 +62,19 @@ def report_evidence(config: EvidenceOptions) -> None:
     if config.add is not None:
         report_own(config.add, config.out)
         return
-    found = source_tables.all_tables(config.originals)
-    best, costs = found["best_rates"], found["regrets"]
+    computed = source_tables.all_tables(config.originals)
+    best, costs = computed["best_rates"], computed["regrets"]
     by_policy, absolute = (
         regrets.summarise_regrets(costs),
-        absolute_rates.summarise_absolute_regrets(found["absolute_rates"]),
+        absolute_rates.summarise_absolute_regrets(computed["absolute_rates"]),
     )
-    spreads, starting = histories.spread_table(found["loss_differences"]), starting_rates.starting_table()
+    spreads, starting = histories.spread_table(computed["loss_differences"]), starting_rates.starting_table()
     identity = {"add": None, "originals": config.originals is not None}
     folder = RunFolder.open(NAME, identity, out=config.out, seed=0, extra={"units": UNITS})
     written = {"results.csv": costs, "best_rates.csv": best, "policies.csv": by_policy}
     written |= {"absolute_policies.csv": absolute, "starting_rates.csv": starting, "loss_spreads.csv": spreads}
     written |= {"sources.csv": source_tables.source_table(), "summary_by_rank.csv": rates_by_rank(best)}
-    written |= {f"{name}.csv": table for name, table in found.items() if name not in ("best_rates", "regrets")}
+    written |= {f"{name}.csv": table for name, table in computed.items() if name not in ("best_rates", "regrets")}
     # Pages name sources by their titles.
     for name in ("exponents.csv", "calibration.csv", "summary_by_rank.csv"):
         written[name] = written[name].assign(title=written[name]["source"].map(title_of))
@@ -86,16 +86,16 @@ def report_evidence(config: EvidenceOptions) -> None:
     )  # fmt: skip
     with summarised(folder, figures):
         print_policies(by_policy[by_policy["pairs_of"] == "all ranks"])
-        print_exponents(found["exponents"])
+        print_exponents(computed["exponents"])
         print_rates(rates_by_rank(best))
-        print_calibration(found["calibration"])
+        print_calibration(computed["calibration"])
         print_starting_rates(starting, absolute)
-        print_histories(spreads, found["speeds"])
+        print_histories(spreads, computed["speeds"])
         answers.print_answer(answer(by_policy))
     for name, figure in (
         ("best_rate_vs_rank", plots.plot_best_rates(best, starting_rates.model_table())),
         ("regret_by_model", plots.plot_regrets(costs)),
-        ("loss_by_phase", plots.plot_histories(found["loss_differences"], found["speeds"])),
+        ("loss_by_phase", plots.plot_histories(computed["loss_differences"], computed["speeds"])),
     ):
         save(figure, folder.path, name)
     folder.finish()
@@ -241,13 +241,13 @@ def report_own(path: Path, out: Path | None) -> None:
             f"{path} must have a setting with runs at three learning rates or more, of which one did not diverge"
         )
     reference = load_sweeps(source_tables.REFERENCE)
-    found = source_tables.sweep_tables(sweeps, reference)
-    best, costs = found["best_rates"], found["regrets"]
+    computed = source_tables.sweep_tables(sweeps, reference)
+    best, costs = computed["best_rates"], computed["regrets"]
     by_policy = regrets.summarise_regrets(costs)
     identity = {"add": hashlib.sha256(files.read_bytes(path)).hexdigest(), "originals": False}
     folder = RunFolder.open(NAME, identity, out=out, seed=0, extra={"units": UNITS, "table": str(path)})
     written = {"results.csv": costs, "best_rates.csv": best, "policies.csv": by_policy}
-    for name, table in (written | {f"{name}.csv": found[name] for name in ("exponents", "calibration")}).items():
+    for name, table in (written | {f"{name}.csv": computed[name] for name in ("exponents", "calibration")}).items():
         folder.write_frame(table, name)
     with summarised(folder):
         tables.print_records(
@@ -273,11 +273,11 @@ def print_advice(costs: "pd.DataFrame", best: "pd.DataFrame") -> None:
     def values_of(row: Mapping[str, Any], names: Sequence[str]) -> tuple[Any, ...]:
         return tuple(row[name] for name in names)
 
-    kept = {values_of(row, keys): row["regret"] for row in frames.rows(costs[costs["policy"] == KEEP])}
+    regrets_of_keeping = {values_of(row, keys): row["regret"] for row in frames.rows(costs[costs["policy"] == KEEP])}
     measured = {values_of(row, setting): row["best_rate"] for row in frames.rows(best)}
     shown = [
         row
-        | {"kept": kept[values_of(row, keys)], "best": measured[values_of(row, setting)]}
+        | {"kept": regrets_of_keeping[values_of(row, keys)], "best": measured[values_of(row, setting)]}
         | {"mark": "" if row["place"] == "inside" else "*"}
         for row in frames.rows(costs[costs["policy"] == ADVICE])
         if (row["rank"], row["gain"]) > (row["old_rank"], row["old_gain"])
@@ -303,10 +303,10 @@ def own_answer(by_policy: "pd.DataFrame", best: "pd.DataFrame") -> str:
         )
     advice, keep = rows[ADVICE], rows[KEEP]
     cost = f"{advice['mean']:.4f}" if isfinite(advice["mean"]) else "a run that diverged"
-    kept = f"{keep['mean']:.4f}" if isfinite(keep["mean"]) else "a run that diverged"
+    keep_cost = f"{keep['mean']:.4f}" if isfinite(keep["mean"]) else "a run that diverged"
     return (
         f"Over {advice['pairs']} pairs of settings, the rate of rora transfer would have cost {cost} nats per token on "
-        f"average ({advice['largest']:.4f} at most), keeping the rate {kept} ({keep['largest']:.4f} at most)."
+        f"average ({advice['largest']:.4f} at most), keeping the rate {keep_cost} ({keep['largest']:.4f} at most)."
     )
 
 

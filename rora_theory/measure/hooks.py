@@ -212,9 +212,9 @@ class _GradientCheck(AbstractContextManager[None]):
 
     def compare(self, scale: float) -> None:
         """Raise `InputError` for a module whose G differs from autograd's gradient, of the loss times ``scale``."""
-        for name, own in self._own.items():
-            expected = self._autograd.get(name, torch.zeros_like(own)) / scale
-            norms = [float(torch.linalg.matrix_norm(matrix)) for matrix in (own - expected, own, expected)]
+        for name, gradient in self._own.items():
+            expected = self._autograd.get(name, torch.zeros_like(gradient)) / scale
+            norms = [float(torch.linalg.matrix_norm(matrix)) for matrix in (gradient - expected, gradient, expected)]
             deviation = norms[0] / (max(norms) or 1.0)
             # Gradients in float16 may overflow, which says nothing about G.
             if math.isfinite(norms[2]) and deviation > MAX_DEVIATION:
