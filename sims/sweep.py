@@ -158,15 +158,7 @@ def count_record_tokens(plan: SweepPlan, cell_trainer: CellTrainer, model: str) 
 def run_sweep_cells(
     config: SweepOptions, folder: RunFolder, cell_trainer: CellTrainer, cells: Sequence[SweepCell], runner: Runner
 ) -> None:
-    """Run the cells that the run folder lacks, print a line for each, and update `results.csv`.
-
-    Args:
-      config: Options of the matrix.
-      folder: Run folder.
-      cell_trainer: Model, records and tasks.
-      cells: Cells to run.
-      runner: Function that runs the cells, in this process or on a cluster.
-    """
+    """Run the cells that the run folder lacks, print a line for each, and update `results.csv`."""
     save_adapter, tokens = config.save_adapters, sweep_runs.read_tokens(folder.path)
 
     def work(cell: SweepCell, cell_folder: Path) -> Mapping[str, Any]:

@@ -193,12 +193,6 @@ def _integrate(
 ) -> tuple[Float[np.ndarray, "rows 3"], Float[np.ndarray, " large"]]:
     """Integrate the series over t with a number of nodes, for rows that are not zero.
 
-    Args:
-      power_sums: Power sums Q_2, Q_4 and Q_6 of the small entries.
-      large: Large entries, row by row.
-      at_row: Row of each large entry.
-      count: Number of nodes.
-
     Returns:
       The coefficients of g_j, g_j^3 and g_j^5 in the expectations of the small entries, and the expectations of the
       large entries.

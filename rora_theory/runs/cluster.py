@@ -196,12 +196,7 @@ _last_work: list[tuple[Any, Callable[[Any, Path], Any]]] = []
 
 
 def fetch_work(reference: Any, get: Callable[[Any], Any]) -> Callable[[Any, Path], Any]:
-    """Return the work function of a reference, which is loaded once for all cells of a run.
-
-    Args:
-      reference: Reference of the work function in the object store.
-      get: Function that loads it.
-    """
+    """Return the work function of a reference, which is loaded once for all cells of a run."""
     if not _last_work or _last_work[0][0] != reference:
         _last_work.clear()  # free its memory before the next one is loaded
         _last_work.append((reference, get(reference)))

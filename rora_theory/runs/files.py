@@ -24,10 +24,6 @@ _FULL_OR_BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.E
 def read_bytes(path: str | Path, *, accepted: str = "a regular file") -> bytes:
     """Read the content of a file.
 
-    Args:
-      path: Path of the file, or of a link to it.
-      accepted: Description of the expected file, for error messages.
-
     Raises:
       InputError: The file does not exist, may not be read, or is a folder, a pipe or a device.
     """
@@ -38,10 +34,6 @@ def read_bytes(path: str | Path, *, accepted: str = "a regular file") -> bytes:
 
 def check_regular(path: str | Path, *, accepted: str = "a regular file") -> None:
     """Check that a path is a regular file, before another library opens it.
-
-    Args:
-      path: Path of the file, or of a link to it.
-      accepted: Description of the expected file, for error messages.
 
     Raises:
       InputError: The file does not exist, cannot be accessed, or is not a regular file.

@@ -77,15 +77,6 @@ def run_table(
 ) -> "pd.DataFrame":
     """Run cells whose results are rows of a table, and write the table every few seconds and at the end.
 
-    Args:
-      cells: Cells to run.
-      work: Function that computes the rows of a cell.
-      folder: Run folder.
-      columns: Columns of the table.
-      runner: Function that runs the cells, in this process or on a cluster.
-      title: Title of the progress bar.
-      name: File name of the table.
-
     Returns:
       The table with the rows of all cells.
     """

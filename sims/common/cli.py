@@ -147,11 +147,6 @@ def print_versions() -> None:
 def command(config: type[Options], work: Callable[[Options], object], description: str | None) -> Callable[..., None]:
     """Return the ``main`` of a command, which parses its arguments or the command line, and runs the command.
 
-    Args:
-      config: Dataclass of the options.
-      work: Function that does the work.
-      description: Description of the command in ``--help``.
-
     Returns:
       The function, see `run_command`.
     """

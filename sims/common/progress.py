@@ -57,12 +57,7 @@ class Bar:
         self.advance(max(steps - self._bars.tasks[self._task].completed, 0), **values)
 
     def advance(self, steps: float = 1, **values: object) -> None:
-        """Advance the bar.
-
-        Args:
-          steps: Number of steps to add.
-          **values: Values for the format string ``fields``.
-        """
+        """Advance the bar."""
         self._bars.update(self._task, advance=steps)
         if values:
             self._bars.update(self._task, text=self._fields.format(**values))

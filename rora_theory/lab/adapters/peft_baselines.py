@@ -112,11 +112,6 @@ def adapter_tensors(adapter: Baseline) -> dict[str, np.ndarray]:
 def read_baseline(path: Path, values: Mapping[str, Any], llama_config: LlamaConfig) -> BaselineConfig:
     """Convert a file's entries to the adapter's configuration.
 
-    Args:
-      path: Path of the file in error messages.
-      values: Entries of the file.
-      llama_config: Configuration of the model.
-
     Raises:
       InputError: If an entry is invalid, or the adapter is for a model of another shape.
     """

@@ -20,11 +20,6 @@ def to_peft(config: LoraConfig, targets: Sequence[Target], base_model: str | Non
 
     PEFT has no flag for a rule whose kappa is neither 1 nor 1/2. Such a rule is written as LoRA with the alphas that
     give the same gamma, :math:`\alpha' = \gamma r`, in ``alpha_pattern`` if they differ between modules.
-
-    Args:
-      config: Configuration of the adapter.
-      targets: Adapted modules, resolved from ``config``.
-      base_model: Name or path of the base model.
     """
     kappa = exponent(config.rule)
     has_flag = kappa in KAPPAS.values()
@@ -63,11 +58,6 @@ def lora_config_of(
     path: Path, values: Mapping[str, Any], llama_config: LlamaConfig
 ) -> tuple[LoraConfig, tuple[Target, ...]]:
     """Convert a file's entries to LoRA's configuration, and resolve it for a model.
-
-    Args:
-      path: Path of the file in error messages.
-      values: Entries of the file.
-      llama_config: Configuration of the model.
 
     Raises:
       InputError: If an entry is invalid, or the model does not have the modules and layers.

@@ -36,11 +36,6 @@ def portable(
 ) -> tuple[dict[str, Any], Tensors]:
     """Convert a LoRA or RoRA adapter of any model to portable form, see the module docstring.
 
-    Args:
-      path: Path of the configuration in error messages.
-      values: Entries of the configuration, as PEFT writes them.
-      tensors: Tensors by PEFT's names, in float32.
-
     Returns:
       The entries and the tensors. A module's tensors are unchanged if it has the common rank and scaling, and the
       common alpha is an integer, as for LoRA with an integer alpha.

@@ -195,10 +195,6 @@ def known_names(llama_config: LlamaConfig, modules: Sequence[str]) -> tuple[str,
 def module_predicate(where: str, modules: Sequence[str] | str) -> Callable[[str], bool]:
     """Return the predicate of full names that PEFT's ``target_modules`` or ``exclude_modules`` selects.
 
-    Args:
-      where: Name of the setting, ``"target_modules"`` or ``"exclude_modules"``.
-      modules: Value of the setting.
-
     Raises:
       InputError: If a regular expression is invalid.
     """
@@ -215,11 +211,6 @@ def first_matches(where: str, pattern: Sequence[str] | Mapping[str, Any], names:
     r"""Return the first entry of a pattern that matches each name, without the names that no entry matches.
 
     An entry matches if ``(.*\.)?(entry)$`` matches the name from its start, as in PEFT.
-
-    Args:
-      where: Name of the pattern in error messages.
-      pattern: Entries of the pattern in order.
-      names: Full names of modules.
 
     Raises:
       InputError: If an entry is not a regular expression.

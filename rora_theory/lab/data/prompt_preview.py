@@ -25,13 +25,7 @@ class PromptPreview(NamedTuple):
 
 
 def preview_prompts(examples: Examples, tokenizer: Any, count: int) -> list[PromptPreview]:
-    """Return previews of the first prompts.
-
-    Args:
-      examples: Tokenized records.
-      tokenizer: Tokenizer with a method ``decode(ids, skip_special=False)``.
-      count: Maximum number of previews.
-    """
+    """Return previews of the first prompts."""
     return [_preview_prompt(examples, tokenizer, index) for index in range(min(count, len(examples)))]
 
 

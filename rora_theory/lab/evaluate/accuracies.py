@@ -149,12 +149,7 @@ def average(tasks: Sequence[TaskAccuracy]) -> TaskAccuracy:
 
 
 def describe_accuracy(levels: Sequence[TaskAccuracy], protocol: str) -> str:
-    """Return a sentence with the last accuracy, which is the average of several tasks, and the chance level.
-
-    Args:
-      levels: Accuracies as `accuracies` returns them.
-      protocol: Name of the protocol.
-    """
+    """Return a sentence with the last accuracy, which is the average of several tasks, and the chance level."""
     last, tasks = levels[-1], [level for level in levels if level.task in TASKS]
     scope = f"on average over {len(tasks)} tasks" if last.task not in TASKS else f"on {TASKS[last.task].name}"
     return (

@@ -84,10 +84,6 @@ class Checkpoints:
 
         The caller may donate ``state`` as soon as the method returns.
 
-        Args:
-          state: Training state.
-          progress: Progress of the run, which names the best checkpoint.
-
         Raises:
           InputError: If this or the previous checkpoint cannot be written, for instance because the disk is full.
             Earlier checkpoints are untouched.

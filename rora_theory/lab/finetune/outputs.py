@@ -49,12 +49,6 @@ class OutputConfig:
 def write_outputs(folder: RunFolder, config: OutputConfig, adapter: Any, model: Model) -> None:
     """Write the outputs that do not exist yet.
 
-    Args:
-      folder: Folder of the run.
-      config: Outputs to write.
-      adapter: Adapter or trained weights, as `Trainer.adapter` returns them.
-      model: Base model.
-
     Raises:
       InputError: If a file cannot be written.
     """

@@ -12,12 +12,7 @@ LAST_STEPS = 10
 
 
 def describe_losses(events: Sequence[Mapping[str, Any]], held_out: int) -> str:
-    """Return a sentence with the losses of a run.
-
-    Args:
-      events: Events of the whole run, `metrics.Metrics.events`.
-      held_out: Number of held-out records.
-    """
+    """Return a sentence with the losses of a run."""
     steps, validations = _steps_and_validations(events)
     losses = (
         f"validation loss {_describe_validation_loss(validations, held_out)}"
@@ -33,10 +28,6 @@ def summary_rows(events: Sequence[Mapping[str, Any]], trainable: int) -> list[di
     Losses are in nats per token: the training loss of the first batch and the mean of the last steps; the first, best
     and last validation loss if there is one. Then follow the median of target tokens per second and the number of
     trainable parameters, for which ``step`` is None.
-
-    Args:
-      events: Events of the whole run, `metrics.Metrics.events`.
-      trainable: Number of trainable parameters.
     """
     steps, validations = _steps_and_validations(events)
     rows: list[tuple[str, int | None, float]] = []
@@ -58,15 +49,7 @@ def summary_rows(events: Sequence[Mapping[str, Any]], trainable: int) -> list[di
 
 
 def describe_start(config: FinetuneConfig, summary: Mapping[str, Any], steps: int, trainable: int, share: float) -> str:
-    """Return the lines printed at the start of a run: trainable and total parameters, records and learning rate.
-
-    Args:
-      config: Fine-tuning configuration.
-      summary: Record counts, `TrainingData.summary`.
-      steps: Number of optimizer steps of the whole run.
-      trainable: Number of trainable parameters.
-      share: Trainable fraction of all parameters.
-    """
+    """Return the lines printed at the start of a run: trainable and total parameters, records and learning rate."""
     lines = [
         f"{trainable:,} trainable parameters of {round(trainable / share):,} ({share:.2%})",
         f"{summary['trained_on']} records, {steps} steps",

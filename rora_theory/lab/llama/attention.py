@@ -32,14 +32,6 @@ def choose_route(route: str, dtype: jnp.dtype, head_dim: int, *, queries: int, k
     compute capability 8 or higher, bfloat16 or float16, and a ``head_dim`` that is a multiple of 8 up to 128. Under a
     mask that is not merely causal it also needs an even number of queries and of keys.
 
-    Args:
-      route: Requested implementation, one of `ROUTES`.
-      dtype: Type of the queries.
-      head_dim: Width of a head.
-      queries: Number of queries.
-      keys: Number of keys.
-      masked: Whether there is a mask beyond the causal one.
-
     Returns:
       ``"blocked"``, ``"xla"`` or ``"cudnn"``.
 

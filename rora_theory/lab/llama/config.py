@@ -179,9 +179,6 @@ class LlamaConfig:
         initialisation, library versions, defaults of generation, nulls. `ignored_keys` names those that a user may
         expect to have an effect. Every other key must be supported.
 
-        Args:
-          hf: Object in ``config.json``.
-
         Raises:
           InputError: A key is unknown or has an unsupported value, a size is missing, or the architecture is not
             supported.

@@ -234,12 +234,6 @@ def _advance_search(
 ) -> _Beams:
     """Advance the search by one token.
 
-    Args:
-      search: State of the search with w running beams, one before the first step and W afterwards.
-      logits: Logits after each running beam.
-      eos: Tokens that end a text.
-      beams: Number of beams W.
-
     Returns:
       The state with W running beams of one more token.
     """

@@ -18,9 +18,6 @@ def model_digest(source: Path) -> str:
     the tokenizer's files and the weights. Further weights, such as Mistral's ``consolidated.safetensors``, do not
     count.
 
-    Args:
-      source: GGUF file, or folder in Hugging Face layout.
-
     Returns:
       The digest, of `digests.of_file` or `digests.of_files`.
 
@@ -65,9 +62,6 @@ class Storage:
 
 def read_storage(source: Path) -> Storage:
     """Read the storage of a model's weights from the headers of its files.
-
-    Args:
-      source: GGUF file, or folder in Hugging Face layout.
 
     Raises:
       InputError: A file cannot be read, is damaged, or the folder has no safetensors.

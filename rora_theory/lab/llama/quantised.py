@@ -92,12 +92,6 @@ def is_quantised(node: Any) -> bool:
 def abstract_weight(name: str, shape: tuple[int, ...], dtype: np.dtype, kind: str) -> QuantisedWeight:
     """Return the shapes of a weight in blocks, as `jax.ShapeDtypeStruct`.
 
-    Args:
-      name: Name of the module, for the error.
-      shape: Shape of the dense weights.
-      dtype: Type of the dense weights.
-      kind: ``q8_0``, ``q4_0`` or ``q4_1``.
-
     Raises:
       InputError: The number of inputs is not a multiple of 32.
     """
@@ -116,13 +110,7 @@ def abstract_weight(name: str, shape: tuple[int, ...], dtype: np.dtype, kind: st
 
 
 def random_weight(key: Any, like: QuantisedWeight, deviation: float) -> QuantisedWeight:
-    """Draw a random weight in blocks: uniform codes and one scale.
-
-    Args:
-      key: Random key.
-      like: Shapes of the weight, from `abstract_weight`.
-      deviation: Standard deviation of the dense weights.
-    """
+    """Draw a random weight in blocks: uniform codes and one scale."""
     # Uniform codes 0 .. n - 1 have the variance (n^2 - 1) / 12.
     count = 256 if like.kind == "q8_0" else 16
     code_deviation = math.sqrt((count**2 - 1) / 12)

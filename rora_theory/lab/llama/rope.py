@@ -34,10 +34,6 @@ def frequencies(config: LlamaConfig, *, windowed: bool = False) -> np.ndarray:
 def scaling_divisor(scaling: RopeScaling, plain: np.ndarray) -> np.ndarray:
     """Compute the divisor of each unscaled frequency.
 
-    Args:
-      scaling: Rotary scaling of the configuration.
-      plain: Unscaled frequencies [head_dim / 2] in float32.
-
     Returns:
       Divisors [head_dim / 2] in float32, between 1 and ``factor``.
     """

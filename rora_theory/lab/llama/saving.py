@@ -18,10 +18,6 @@ def save_model(folder: Path, model: Model) -> None:
     The tokenizer's files are copied from the model's folder; those of a GGUF file are made from its metadata. To save
     other weights with the same tokenizer, replace ``params`` (and ``config``) of the `Model`.
 
-    Args:
-      folder: New or empty folder.
-      model: Model to save.
-
     Raises:
       InputError: The folder is not empty, or it cannot be written; see `weights.save_hf`.
     """

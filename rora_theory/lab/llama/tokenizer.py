@@ -188,10 +188,6 @@ class Tokenizer:
     def from_gguf(cls, source: "str | Path | GGUFReader", where: str | None = None) -> "Tokenizer":
         """Load the tokenizer in a GGUF file's metadata, see `gguf_tokenizer`.
 
-        Args:
-          source: Path of the file, or an open reader.
-          where: Name of the file of an open reader, for error messages.
-
         Raises:
           InputError: The file is not a GGUF file; its vocabulary is malformed or is neither ``llama`` nor ``gpt2``; or
             its pre-tokenizer is missing or unknown.

@@ -73,10 +73,6 @@ class TensorHeader:
 def tensor_names(path: Sequence[str], layers: int) -> list[str]:
     """Return Hugging Face's names of the tensors in one leaf of the tree: one, or one for each layer.
 
-    Args:
-      path: Keys of the leaf in the tree.
-      layers: Number of layers of the model.
-
     Examples:
       >>> tensor_names(("layers", "mlp.up_proj", "weight"), 2)
       ['model.layers.0.mlp.up_proj.weight', 'model.layers.1.mlp.up_proj.weight']
@@ -136,10 +132,6 @@ def check_finite(name: str, values: np.ndarray) -> None:
 
     A float is NaN or infinite if all bits of its exponent are set. Testing the bits takes a twentieth of the time of
     `numpy.isfinite` for bfloat16.
-
-    Args:
-      name: Name of the tensor, for the error.
-      values: Contiguous array of one of `DTYPES`.
 
     Raises:
       InputError: A value is not finite; the message names the first one.

@@ -35,13 +35,6 @@ def module_inputs(
 
     Tokens of the beginning that all these records share are left out.
 
-    Args:
-      params: Weights of the base model.
-      config: Configuration of the base model.
-      examples: Tokenized records. Their last tokens are targets only.
-      adapter: Adapter of the modules.
-      records: Maximum number of records.
-
     Returns:
       The inputs of every module, [layers, tokens, p_in], with the tokens of all records one after the other.
 

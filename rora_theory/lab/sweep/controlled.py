@@ -170,11 +170,6 @@ def draw_problem(key: PRNGKeyArray, config: ProblemConfig) -> Problem:
 def draw_adapters(key: PRNGKeyArray, config: ProblemConfig, *, rank: int) -> Adapters:
     """Sample the initial adapters: A as PEFT does, nested over ranks (`rora_theory.laws.random.nested`), and B = 0.
 
-    Args:
-      key: Key of A.
-      config: Settings of the problem, which determine the shapes of the layers.
-      rank: Rank r of the adapters. It may exceed the widths of the layers.
-
     Returns:
       The factors of each layer.
     """
@@ -307,12 +302,6 @@ def draw_ensemble(
     """Sample adapters and problems with a leading axis of seeds.
 
     The problem of a seed is the same at every rank, and its adapters are nested over ranks.
-
-    Args:
-      config: Settings of the problem.
-      rank: Rank of the adapters.
-      seeds: Seeds of the problems and adapters.
-      seed: Seed from which all keys are derived.
 
     Returns:
       The adapters and the problems.

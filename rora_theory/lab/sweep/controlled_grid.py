@@ -132,13 +132,7 @@ def cells_of(grid: ControlledGrid) -> list[ControlledCell]:
 def train_cell(
     grid: ControlledGrid, cell: ControlledCell, quantities: tuple[str, ...] = QUANTITIES
 ) -> list[dict[str, Any]]:
-    """Train a cell and return a row for every seed, rate and recorded step, with the start as the first one.
-
-    Args:
-      grid: Grid of the cell.
-      cell: Cell to train.
-      quantities: Fields of `Measures` in the rows.
-    """
+    """Train a cell and return a row for every seed, rate and recorded step, with the start as the first one."""
     scaling = scaling_factor(cell.rule, alpha=grid.alpha(cell.rule), rank=cell.rank)
     rates = grid.rates(cell.optimizer)
     adapters, problems = controlled.draw_ensemble(
@@ -180,12 +174,7 @@ def losses_at_end(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def curves_of_losses(table: pd.DataFrame, judge: JudgedLoss = "held_out") -> list[Curve]:
-    """Build the curves of `losses_at_end`, in the order of the cells.
-
-    Args:
-      table: Losses of complete cells.
-      judge: Loss that the curves show: on held-out or on training inputs.
-    """
+    """Build the curves of `losses_at_end`, in the order of the cells."""
     return curves_of_runs(
         TrainedRun(
             row["rule"], row["rank"], row["scaling"], row["learning_rate"], row["seed"], row[f"loss_{judge}"],

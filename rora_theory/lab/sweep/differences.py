@@ -104,12 +104,7 @@ def difference_table(differences: Iterable[Difference]) -> pd.DataFrame:
 
 
 def collect_record_losses(runs: Iterable[SweepRun], records: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Return the losses of the held-out records at the end of each run, by key, with the columns `RECORD`.
-
-    Args:
-      runs: Runs of a matrix.
-      records: Held-out records of the matrix, with the columns `RECORD` and ``model``.
-    """
+    """Return the losses of the held-out records at the end of each run, by key, with the columns `RECORD`."""
     losses = {}
     for run in runs:
         for reading in run.read.readings[-1:]:

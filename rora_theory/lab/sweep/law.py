@@ -37,9 +37,6 @@ walk).
 def read_regime(folder: Path) -> tuple[list[float], list[float]]:
     """Read the crossing distances and the linear terms under Adam of all modules, with PEFT's default initialisation.
 
-    Args:
-      folder: Run folder of ``sims.regime``.
-
     Returns:
       The crossing distances, and the linear terms c of the first step; a value of each per module.
 
@@ -69,14 +66,6 @@ def predict_exponents(
     """Predict by the law how much the best rate falls between two values of gamma r.
 
     The optimizer is Adam with a warm-up from 0, and the signal term dominates.
-
-    Args:
-      crossing_distances: Crossing distances of the model's modules (`rora_theory.laws.constant_gradient`).
-      gains: Value of gamma r at which the best rate is known, and the other value.
-      steps: Numbers of steps of whole runs.
-      rates: Candidates for the best rate at the first value.
-      warmup: Number of steps of linear warm-up.
-      schedule: Schedule of the learning rate after the warm-up.
 
     Returns:
       A row for each number of steps, rate and quantile: ``steps``, ``rate``, ``quantile`` of the crossing distances,

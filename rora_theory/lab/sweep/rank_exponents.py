@@ -38,9 +38,6 @@ SATURATED = 0.5
 def summarise_seeds(table: pd.DataFrame) -> pd.DataFrame:
     """Compute means over seeds with standard errors, one row per cell and step, without diverged seeds.
 
-    Args:
-      table: Rows of `training_grid`.
-
     Returns:
       A table with the columns `MEAN_COLUMNS`, which include the number of diverged seeds.
     """
@@ -60,9 +57,6 @@ def summarise_seeds(table: pd.DataFrame) -> pd.DataFrame:
 
 def exponent_fits(table: pd.DataFrame) -> pd.DataFrame:
     """Fit slopes in the rank, over all ranks and over the upper half; ranks with a diverged seed are excluded.
-
-    Args:
-      table: Rows of `training_grid`.
 
     Returns:
       A table with the columns `FIT_COLUMNS`.
@@ -100,9 +94,6 @@ def describe_fits(fits: pd.DataFrame) -> str:
     """Return a sentence with the settings whose output change on training inputs does not depend on the rank.
 
     It is about the last step with both factors trained, and about the upper half of the ranks if there are four.
-
-    Args:
-      fits: Table of `exponent_fits`.
     """
     last = fits[(fits["step"] == fits["step"].max()) & (fits["quantity"] == "output_train")]
     last = last[last["trained"] == "both"]

@@ -218,9 +218,6 @@ class _MeasuredCurves:
 def regret_by_policy(costs: pd.DataFrame) -> pd.DataFrame:
     """Summarise the regret of every policy over the pairs of conditions that differ in the same settings.
 
-    Args:
-      costs: `regret_table`.
-
     Returns:
       A row for each ``changed`` and ``policy``: ``pairs``, ``median``, ``mean`` and ``largest`` regret in nats per
       token, without the error of the tuned rate; ``largest_error``, the standard error of the largest;

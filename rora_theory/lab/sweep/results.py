@@ -76,11 +76,6 @@ def final_rows(rows: pd.DataFrame) -> pd.DataFrame:
 def cell_file(cells: Path, key: object, name: str) -> Path:
     """Return the path of a file of a cell.
 
-    Args:
-      cells: Folder of the cells.
-      key: Key of the cell in the run's table.
-      name: Name of the file.
-
     Raises:
       InputError: If the key leads out of the folder.
     """
@@ -92,10 +87,6 @@ def marked_rates(rows: pd.DataFrame, loss: str = "validation_loss") -> pd.DataFr
 
     Rates are compared at one seed, the first of those with the most rates, so that no rate has an advantage from its
     seeds. A cell that diverged has an infinite loss.
-
-    Args:
-      rows: Rows of `results_table`.
-      loss: Column of the loss over the tokens that the runs learned, one of `LOSS_COLUMNS`.
 
     Returns:
       A row for each `GROUP` with a finished cell that did not diverge: ``learning_rate``; ``best_rate``, which is

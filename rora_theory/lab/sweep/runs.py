@@ -260,10 +260,6 @@ def read_tokens(folder: Path) -> dict[str, tuple[list[int], list[int]]]:
 def read_comparison_runs(path: Path, identity: Mapping[str, Any]) -> tuple[str, list[SweepRun]]:
     """Read the runs of another folder of the same model and records.
 
-    Args:
-      path: Folder of the other runs.
-      identity: Settings of these runs, as in their manifest.
-
     Returns:
       A description of the settings in which the other runs differ, and the runs.
 
