@@ -30,7 +30,7 @@ from rora_theory.paper import quantities, verdicts
 from rora_theory.paper.verdicts import RANKS
 from rora_theory.runs import frames
 from rora_theory.scaling import Rule, check_between, check_choice, check_integer, exponent, scaling_factor
-from rora_theory.stats.moments import agreement, log_log_fit
+from rora_theory.stats.moments import log_log_fit, standard_scores
 from rora_theory.validation.ranges import AtLeastTwo, Count, Positive, check_ranges
 from rora_theory.validation.rules import check_list, check_rules, check_unread, name_of
 
@@ -295,7 +295,7 @@ def compare_second_moments(table: pd.DataFrame) -> pd.DataFrame:
       exact law in standard errors (``z``).
     """
     rows = table[table["quantity"] == "second_moment"]
-    scores = agreement(*(rows[name].tolist() for name in ("estimate", "standard_error", "exact"))).scores
+    scores = standard_scores(*(rows[name].tolist() for name in ("estimate", "standard_error", "exact")))
     return rows.assign(ratio=rows["estimate"] / rows["exact"], of_paper=rows["estimate"] / rows["paper"], z=scores)
 
 

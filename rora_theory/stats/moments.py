@@ -142,30 +142,8 @@ def log_log_fit(
     return Fit(float(weights @ log_y), float(np.sqrt(np.sum((weights * log_errors) ** 2))))
 
 
-class Agreement(NamedTuple):
-    """Agreement of estimates with exact values.
-
-    Attributes:
-      scores: Differences (estimate - exact) in standard errors, see `standard_score`.
-      largest_gap: Largest relative difference; infinity if an exact value is 0, NaN if a value is NaN.
-    """
-
-    scores: tuple[float, ...]
-    largest_gap: float
-
-    @property
-    def largest_score(self) -> float:
-        """Largest |z|; NaN if a score is NaN."""
-        return float(np.max(np.abs(self.scores)))
-
-    @property
-    def rms_score(self) -> float:
-        """Root mean square of z; near 1 for correct standard errors."""
-        return math.sqrt(float(np.mean(np.square(self.scores))))
-
-
-def agreement(estimates: Sequence[float], errors: Sequence[float], exact: Sequence[float]) -> Agreement:
-    """Compare estimates with exact values.
+def standard_scores(estimates: Sequence[float], errors: Sequence[float], exact: Sequence[float]) -> list[float]:
+    """Compute the differences of estimates from exact values in standard errors, see `standard_score`.
 
     A relative difference within `ROUNDING` counts as zero.
 
@@ -174,23 +152,14 @@ def agreement(estimates: Sequence[float], errors: Sequence[float], exact: Sequen
       errors: Standard errors of the estimates.
       exact: Exact values.
 
-    Returns:
-      The scores and the largest relative difference.
-
     Examples:
-      >>> agreement([1.1, 1.9], [0.1, 0.1], [1.0, 2.0]).largest_gap.__round__(3)
-      0.1
-      >>> result = agreement([1.1, 1.7, 0.1], [0.1, 0.1, 0.1], [1.0, 2.0, 0.0])
-      >>> round(result.largest_score, 3), result.largest_gap  # the third exact value is 0
-      (3.0, inf)
+      >>> standard_scores([1.5, 1.0, 0.5], [0.25, 0.0, 0.25], [1.0, 1.0, 0.0])
+      [2.0, 0.0, 2.0]
     """
-    scores, relative_gaps = [], []
-    for value, error, exact_value in zip(estimates, errors, exact, strict=True):
-        gap = 0.0 if math.isclose(value, exact_value, rel_tol=ROUNDING) else value - exact_value
-        scores.append(standard_score(gap, error))
-        relative_gaps.append(abs(value / exact_value - 1) if exact_value else math.inf)
-    # Unlike the built-in maximum, NumPy's propagates a NaN.
-    return Agreement(tuple(scores), float(np.max(relative_gaps)))
+    return [
+        standard_score(0.0 if math.isclose(value, exact_value, rel_tol=ROUNDING) else value - exact_value, error)
+        for value, error, exact_value in zip(estimates, errors, exact, strict=True)
+    ]
 
 
 def threshold(false_alarm: float, comparisons: int = 1) -> float:

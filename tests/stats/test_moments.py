@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from rora_theory.stats.moments import Moments, _add_double_double, agreement, log_log_fit, threshold
+from rora_theory.stats.moments import Moments, _add_double_double, log_log_fit, standard_scores, threshold
 
 
 def exact_moments(values: list[float]) -> tuple[Fraction, Fraction]:
@@ -91,25 +91,11 @@ def test_threshold() -> None:
     assert threshold(1e-3, 10) == pytest.approx(stats.norm.isf(5e-5), rel=1e-12)
 
 
-def test_agreement_with_a_law() -> None:
-    """z and the relative gap are computed by hand; a law of 0 has no relative gap."""
-    result = agreement([1.1, 1.5], [0.05, 0.25], [1.0, 2.0])
-    assert result.scores == pytest.approx((2.0, -2.0))
-    assert result.largest_gap == pytest.approx(0.25)
-    assert (result.largest_score, result.rms_score) == pytest.approx((2.0, 2.0))
-    assert agreement([1.0, 5.0], [1.0, 1.0], [0.0, 2.0]).rms_score == pytest.approx(5**0.5)
-
-
-def test_a_nan_does_not_agree() -> None:
-    for estimates in ([1.0, math.nan], [math.nan, 1.0]):
-        result = agreement(estimates, [0.1, 0.1], [1.0, 1.0])
-        assert math.isnan(result.largest_score), estimates
-        assert math.isnan(result.largest_gap), estimates
-
-
-def test_exact_values_agree_if_they_are_equal() -> None:
-    assert agreement([1.0, 0.9], [0.0, 0.0], [1.0, 1.0]).scores == (0.0, -math.inf)
-    assert agreement([0.1 + 0.2], [0.0], [0.3]).scores == (0.0,), "rounding is no difference"
+def test_scores_are_differences_from_the_law_in_standard_errors() -> None:
+    assert standard_scores([1.1, 1.5], [0.05, 0.25], [1.0, 2.0]) == pytest.approx([2.0, -2.0])
+    assert math.isnan(standard_scores([math.nan], [0.1], [1.0])[0])
+    assert standard_scores([1.0, 0.9], [0.0, 0.0], [1.0, 1.0]) == [0.0, -math.inf]
+    assert standard_scores([0.1 + 0.2], [0.0], [0.3]) == [0.0], "rounding is no difference"
 
 
 @pytest.mark.parametrize("quantity", ["mean", "second_moment", "variance"])

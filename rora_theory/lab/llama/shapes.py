@@ -64,6 +64,3 @@ SHAPES = {
     ),
 }
 """Configurations of published models by short name, for random weights and counts of parameters."""
-
-PAPER_MODELS = ("llama-7b", "llama-13b", "llama2-7b", "llama3-8b", "sheared-llama-1.3b")
-"""Names in `SHAPES` of the models in the paper's experiments."""
