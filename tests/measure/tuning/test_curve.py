@@ -47,8 +47,8 @@ def test_the_constant_is_that_of_the_highest_rate_up_to_the_best() -> None:
     assert expected(1e-3) != pytest.approx(expected(1.3e-3))
     assert constant(5e-4, 1e-3, 2e-3) == pytest.approx(expected(1e-3))
     assert constant(1e-3, 5e-4) == pytest.approx(expected(1e-3)), "in any order"
-    assert constant(1e-3, 1.3e-3) == pytest.approx(expected(1.3e-3))
-    assert constant(1e-3, 1.38e-3) == pytest.approx(expected(1e-3))
+    assert constant(1e-3, 1.33e-3) == pytest.approx(expected(1.33e-3))
+    assert constant(1e-3, 1.34e-3) == pytest.approx(expected(1e-3))
     assert constant(1.4e-3) is None
     # Runs of the screening, without a measured ratio, and that diverged do not provide it.
     for other in (

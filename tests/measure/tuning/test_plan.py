@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from rora_theory.advice.best_rate import Run, best_rate_change
 from rora_theory.errors import InputError
+from rora_theory.evidence.starting_rates import starting_rate
 from rora_theory.measure.tuning.belief import CURVATURE
 from rora_theory.measure.tuning.plan import (
     LARGER_BUDGETS,
@@ -204,6 +205,8 @@ def test_the_grid_begins_at_the_prior_carried_to_the_probe(schedule) -> None:
 def test_the_prior_is_the_public_sweeps_carried_to_the_planned_run() -> None:
     """At the sweeps' own run it is their rate; a larger model has a lower one; distance widens the spread."""
     small, large = (rate_prior(REFERENCE, parameters=parameters) for parameters in (1.0, 70.0))
+    theirs = rate_prior(Run(16, 32.0, 780, "cosine", 128), parameters=1.0)
+    assert theirs.mean == pytest.approx(starting_rate(parameters=1.0).log_mean, rel=1e-12)
     assert small.rates.best > large.rates.best
     assert 1e-4 < large.rates.best < 1e-3
     far = rate_prior(Run(8, 16.0, 20_000, "constant", 4), parameters=1.0)
