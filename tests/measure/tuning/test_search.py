@@ -184,6 +184,30 @@ def test_a_diverged_rate_is_infinite_loss() -> None:
     assert lowest["learning_rate"] < diverged["learning_rate"].min()
 
 
+def without_finite(quantity: str, model, loss):
+    """Return a loss that is not finite, or the loss itself with a gradient that is not finite."""
+    if quantity == "loss":
+        return loss * math.nan
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return loss + sum((parameter - parameter.detach()).abs().sqrt().sum() for parameter in trained)
+
+
+@pytest.mark.parametrize("quantity", ["loss", "gradient"])
+def test_a_divergence_is_named_by_its_step(quantity) -> None:
+    """The third step of the first run diverges, and no higher rate is trained."""
+    calls = []
+
+    def loss(model, batch):
+        value = model(**batch).loss
+        if torch.is_grad_enabled():
+            calls.append(1)
+        return without_finite(quantity, model, value) if len(calls) == 3 else value
+
+    curve = tune_linear(loss=loss).curve
+    assert curve["diverged_at"].dropna().tolist() == [3]
+    assert curve["held_out_loss"].tolist()[-1] == math.inf
+
+
 @pytest.mark.parametrize("quantity", ["loss", "gradient"])
 def test_a_divergence_before_the_first_update_is_refused(quantity) -> None:
     """It does not depend on the learning rate, so that lower rates are not tried."""
@@ -192,11 +216,7 @@ def test_a_divergence_before_the_first_update_is_refused(quantity) -> None:
     def loss(model, batch):
         calls.append(1)
         value = model(**batch).loss
-        if quantity == "loss":
-            return value * math.nan
-        # Add 0 with a gradient that is not finite.
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return value + sum((parameter - parameter.detach()).abs().sqrt().sum() for parameter in trained)
+        return without_finite(quantity, model, value)
 
     with pytest.raises(InputError, match=f"train .* {quantity}.* nan .* 1"):
         tune_linear(loss=loss)
