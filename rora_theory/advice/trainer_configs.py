@@ -280,12 +280,12 @@ def write_trainer_config(path: str | Path, out: str | Path, advice: Advice, *, p
 
 
 class Transferred(NamedTuple):
-    """A ``LoraConfig`` at another rank.
+    """Configuration and learning rate for training at another rank.
 
     Attributes:
-      config: Copy of the configuration with the new rank, alpha and rule.
-      learning_rate: Learning rate to set.
-      advice: Full advice.
+      config: PEFT's ``LoraConfig``.
+      learning_rate: Learning rate for it.
+      advice: Advice that both come from; ``advice.sentence()`` states for how many steps it holds.
     """
 
     config: Any

@@ -10,10 +10,11 @@ from transformers import TrainerCallback
 from rora_theory.advice.adapter_config import check_uniform, init_of
 from rora_theory.advice.lora_config import DORA_REMARK
 from rora_theory.advice.setting import Setting
+from rora_theory.advice.trainer_configs import Transferred
 from rora_theory.errors import InputError, shown
 from rora_theory.measure.batches import Batch, Loss
 from rora_theory.measure.modules import lora_config
-from rora_theory.measure.regimes.model import TorchRegime, Transfer, regime
+from rora_theory.measure.regimes.model import TorchRegime, regime
 from rora_theory.measure.regimes.module_regime import RegimeConfig
 from rora_theory.optimizers import FAMILY, parse_optimizer
 from rora_theory.scaling import check_instance, check_integer
@@ -83,7 +84,7 @@ class RegimeCallback(TrainerCallback):
         self._to_rank, self._setting, self._steps = to_rank, setting, frozenset(steps)
         self._layers, self._tokens = layers, tokens
         self.measured: dict[int, TorchRegime] = {}
-        self.transfers: dict[int, Transfer] = {}
+        self.transfers: dict[int, Transferred] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Read the run's setting, so that an unsupported one is refused before any work."""

@@ -23,7 +23,8 @@ from peft import LoraConfig
 from rora_theory import inits
 from rora_theory.advice.modules import AlphaGrouping
 from rora_theory.advice.setting import Setting
-from rora_theory.advice.transfer import Advice, transfer
+from rora_theory.advice.trainer_configs import Transferred
+from rora_theory.advice.transfer import transfer
 from rora_theory.errors import InputError, shown
 from rora_theory.inits import Init
 from rora_theory.laws.random import seeds
@@ -78,20 +79,6 @@ CALIBRATION_SIZE = 256
 
 Draw = Callable[[RegimeConfig, Layer, Init], Float[np.ndarray, "rows p_in"]]
 """Function of the configuration, a layer and an initialisation that draws rows of A."""
-
-
-class Transfer(NamedTuple):
-    """Configuration and learning rate for training at another rank.
-
-    Attributes:
-      config: PEFT's configuration.
-      learning_rate: Learning rate for it.
-      advice: Advice that both come from; ``advice.sentence()`` states for how many steps it holds.
-    """
-
-    config: LoraConfig
-    learning_rate: float
-    advice: Advice
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +145,7 @@ class TorchRegime(Regime):
         to_steps: int | None = None,
         per: AlphaGrouping = "type",
         split: Split = "heldout",
-    ) -> Transfer:
+    ) -> Transferred:
         """Transfer a tuned setting to another rank of this model.
 
         Args:
@@ -195,7 +182,7 @@ class TorchRegime(Regime):
             exclude_modules=unsupported or None,
             **advice.lora_arguments(per),
         )
-        return Transfer(config, advice.learning_rate, advice)
+        return Transferred(config, advice.learning_rate, advice)
 
 
 def regime(
