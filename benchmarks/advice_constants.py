@@ -49,8 +49,8 @@ MIN_BATCH_SPREAD = 0.1
 EVIDENCE_RANK = 16
 """Lowest rank of the pairs whose regrets the advice quotes."""
 
-QWEN_RUNS = 51
-"""Number of runs with adapters in the sweep with alpha = r, of which the package has derived tables only."""
+DERIVED_RUNS = {"qwen2.5-7b": 51, "qwen3-4b": 50}
+"""Number of runs with adapters in the sweeps of which the package has derived tables only."""
 
 MIN_RANK = 4
 """Lowest rank that counts for the exponent: users rarely choose less, and the slope is steeper below."""
@@ -283,16 +283,20 @@ def evidence_rows() -> pd.DataFrame:
     )
     costs = costs[(costs["old_place"] == "inside") & (costs["place"] == "inside")]
     runs = read_run_table(TABLES.parent / "tinker_sft_sweep.csv")
+    counts = DERIVED_RUNS | {"tinker": len(runs)}
+    models = dict.fromkeys(DERIVED_RUNS, 1) | {"tinker": len({run.model for run in runs})}
     rows = []
-    for name, source, first_rank, count, models in (
-        ("fixed_gain", "tinker", EVIDENCE_RANK, len(runs), len({run.model for run in runs})),
-        ("fixed_gain_all_ranks", "tinker", 1, len(runs), len({run.model for run in runs})),
-        ("alpha_r", "qwen2.5-7b", EVIDENCE_RANK, QWEN_RUNS, 1),
+    for name, sources, first_rank in (
+        ("fixed_gain", ("tinker", "qwen3-4b"), EVIDENCE_RANK),
+        ("fixed_gain_all_ranks", ("tinker", "qwen3-4b"), 1),
+        ("alpha_r", ("qwen2.5-7b",), EVIDENCE_RANK),
     ):
-        part = costs[(costs["source"] == source) & (costs[["old_rank", "rank"]].min(axis=1) >= first_rank)]
+        part = costs[costs["source"].isin(sources) & (costs[["old_rank", "rank"]].min(axis=1) >= first_rank)]
         keep, advice = (part[part["policy"] == policy]["regret"] for policy in ("keep the rate", LEFT_OUT))
         rows.append(
-            {"name": name, "runs": count, "models": models, "compared": part["model"].nunique(), "pairs": len(keep)}
+            {"name": name, "runs": sum(counts[source] for source in sources)}
+            | {"models": sum(models[source] for source in sources)}
+            | {"compared": part["model"].nunique(), "pairs": len(keep)}
             | {"keep_mean": keep.mean(), "keep": keep.max(), "advice_mean": advice.mean(), "advice": advice.max()}
         )
     return pd.DataFrame(rows)

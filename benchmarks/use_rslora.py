@@ -12,6 +12,7 @@ seed has data of its own, so that the spread over seeds contains that between sa
 - ``exponents.csv`` has the exponents in the rank and in G, as means over seeds with their errors.
 - ``regret.csv`` has the regret of every policy by seed in nats per token, with one row for policies of the same rate.
 - ``policies.csv`` has the mean of the regrets over seeds.
+- ``coverage.csv`` has the numbers of ratios and of those in the range predicted before and in transfer's 90% range.
 """
 
 import argparse
@@ -135,15 +136,19 @@ def main() -> None:
         "regret": pd.DataFrame(costs),
         "policies": mean_regrets(pd.DataFrame(costs), ["change", "from", "to", "policy"]),
     }
+    known = compared.dropna(subset=["ratio"])
+    coverage = {
+        "ratios": len(known),
+        "in_predicted_range": int(known["ratio"].between(known["low"], known["high"]).sum()),
+        "in_stated_range": int(known["ratio"].between(known["advice_low"], known["advice_high"]).sum()),
+    }
+    tables["coverage"] = pd.DataFrame([coverage])
     for name, frame in tables.items():
         (folder / f"{name}.csv").write_text(frames.to_csv(frame))
         print(f"{name}.csv\n{frame.to_string(index=False)}\n")
-    known = compared.dropna(subset=["ratio"])
-    held = known["ratio"].between(known["low"], known["high"]).sum()
-    stated = known["ratio"].between(known["advice_low"], known["advice_high"]).sum()
     print(
-        f"From {known['seed'].nunique()} seeds, {held} of {len(known)} ratios lie in the range predicted before, and "
-        f"{stated} in the 90% range that transfer states."
+        f"From {known['seed'].nunique()} seeds, {coverage['in_predicted_range']} of {len(known)} ratios lie in the "
+        f"range predicted before, and {coverage['in_stated_range']} in the 90% range that transfer states."
     )
 
 

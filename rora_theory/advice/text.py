@@ -58,11 +58,14 @@ def _describe_same_adapter(advice: TransferredSetting) -> list[str]:
     """Return a sentence on the same adapter under the new rule, if that is not ``alpha / r``."""
     kappa = exponent(advice.unchanged.rule)
     if advice.is_rslora:
-        return [
-            f"This is the same adapter as lora_alpha={advice.alpha:.6g} with use_rslora, which SGLang, llama.cpp and "
-            f"Ollama serve {advice.unchanged.rank**0.5:.3g} times too weak; `rora portable` converts one that is "
-            "already trained."
+        sentences = [
+            f"To keep use_rslora, set lora_alpha={advice.alpha:.6g} with it, which is the same adapter; SGLang, "
+            f"llama.cpp and Ollama ignore the flag and serve it {advice.unchanged.rank**0.5:.3g} times too weak "
+            "(`rora portable` converts one that is already trained)."
         ]
+        if exponent(advice.old.rule) == KAPPAS["lora"]:
+            sentences.append("The tuned run is taken to be without use_rslora; if it had the flag, its rule is rslora.")
+        return sentences
     if kappa != KAPPAS["lora"]:
         return [f"This is the same adapter as alpha {advice.alpha:.6g} under alpha / r^{kappa:g}."]
     return []
@@ -100,14 +103,18 @@ def _describe_cost(advice: TransferredSetting) -> list[str]:
         # Public pairs whose gain changes about as much: the regret depends on it more than on anything else.
         change = abs(math.log(advice.setting.gain / advice.old.gain))
         moved = min(GROWTH.values(), key=lambda row: abs(math.log(row["growth"]) - change))
-        rslora = EVIDENCE["use_rslora"]
-        return [
-            f"In the {moved['pairs']} public pairs whose scaling times rank changed {moved['growth']:g} times "
+        sentences = [
+            f"In the {moved['pairs']} public pairs whose scaling times rank changed by a factor of {moved['growth']:g} "
             f"(Qwen2.5-7B, alpha = r), keeping the rate cost {moved['keep_mean']:.3f} nats per token on average and "
-            f"{moved['keep']:.3f} at most; this advice {moved['advice_mean']:.4f} and {moved['advice']:.4f}.",
-            f"In SmolLM2-135M, switching on use_rslora from rank {rslora['old_rank']:g} to {rslora['rank']:g} and "
-            f"keeping the rate cost {rslora['regret']:.2f}.",
+            f"{moved['keep']:.3f} at most; this advice {moved['advice_mean']:.4f} and {moved['advice']:.4f}."
         ]
+        if advice.setting.gain > advice.old.gain:
+            rslora = EVIDENCE["use_rslora"]
+            sentences.append(
+                f"In SmolLM2-135M, switching on use_rslora from rank {rslora['old_rank']:g} to {rslora['rank']:g} and "
+                f"keeping the rate cost {rslora['regret']:.2f}."
+            )
+        return sentences
     if "rank" in advice.changed:
         fixed = EVIDENCE["fixed_gain_all_ranks"]
         return [
@@ -148,12 +155,22 @@ def _describe_law(advice: TransferredSetting) -> list[str]:
         )
     if advice.changed:
         sentences.append("The range is meant to hold the best rate of 90% of models.")
+        if "cosine" in (run.schedule, run.to_schedule):
+            tested = EVIDENCE["cosine"]
+            sentences.append(
+                f"Under cosine decay in SmolLM2-135M such ranges held {tested['in_stated_range']} of "
+                f"{tested['ratios']} ratios of best rates: there they are too narrow."
+            )
     return sentences
 
 
 def _describe_limits(advice: TransferredSetting) -> list[str]:
     """Return a sentence on what was not measured."""
-    return [f"Outside the measured range: {'; '.join(advice.outside)}."] if advice.outside else []
+    if not advice.outside:
+        return []
+    return [
+        f"Outside the measured range: {'; '.join(advice.outside)}. Try two or three rates from the range in full runs."
+    ]
 
 
 def _describe_horizon(advice: TransferredSetting, limits: HorizonLimits) -> list[str]:

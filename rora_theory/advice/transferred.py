@@ -113,12 +113,12 @@ class TransferredSetting:
 
     @property
     def alpha(self) -> float:
-        """Alpha to set."""
+        """Alpha to set under the new rule, so with ``use_rslora`` under that; see `lora_alpha`."""
         return self.unchanged.alpha if self.fixes_alpha else self.alpha_at_old_rate
 
     @property
     def lora_alpha(self) -> float:
-        """Alpha under ``alpha / r`` that gives the same adapter as `alpha` under the new rule."""
+        """Alpha to set under ``alpha / r``, which gives the same adapter as `alpha` under the new rule."""
         return self.lora_alpha_of(self.alpha)
 
     def lora_alpha_of(self, alpha: float) -> float:

@@ -386,11 +386,25 @@ def test_the_cost_is_the_published_regret() -> None:
     assert f"{GROWTH['8']['keep']:.3f} at most; this advice {GROWTH['8']['advice_mean']:.4f}" in gain
     assert f"{GROWTH['4']['keep']:.3f} at most" in transfer(old, 128, alpha=128.0).sentence()
     assert f"cost {EVIDENCE['use_rslora']['regret']:.2f}." in gain
+    assert "use_rslora" not in transfer(old, 128, alpha=8.0).sentence(), "the gain falls"
     assert "cost" not in transfer(old, 16).sentence()
     evidence, fixed, moved = text.describe_evidence(), EVIDENCE["fixed_gain"], EVIDENCE["alpha_r"]
     assert f"{fixed['runs']:,} public runs of {fixed['models']} models" in evidence
     assert f"cost at most {fixed['keep']:.4f} nats" in evidence
     assert f"this advice {moved['advice_mean']:.4f} and {moved['advice']:.4f}." in evidence
+
+
+def test_ranges_under_cosine_decay_are_said_to_be_narrow() -> None:
+    tested = EVIDENCE["cosine"]
+    remark = f"held {tested['in_stated_range']} of {tested['ratios']} ratios"
+    old = Setting(16, 32.0, 2e-4)
+    assert remark in transfer(old, 128, schedule="cosine").sentence()
+    assert remark in transfer(old, 128, schedule="constant", to_schedule="cosine").sentence()
+    assert remark not in transfer(old, 128, schedule="linear").sentence()
+
+
+def test_a_tuned_run_with_the_flag_is_not_taken_to_be_without_it() -> None:
+    assert "taken to be" not in transfer(Setting(64, 16.0, 2e-4, rule="rslora"), 256).sentence()
 
 
 def test_values_outside_the_measured_range_are_named() -> None:
@@ -466,7 +480,9 @@ def test_limits_under_sgd(optimizer) -> None:
             {"rule": "rslora"},
             [
                 "keep lora_alpha=16 without use_rslora and multiply the learning rate by 1.5",
-                "as lora_alpha=1.41421 with use_rslora, which SGLang, llama.cpp and Ollama serve 11.3 times too weak",
+                "To keep use_rslora, set lora_alpha=1.41421 with it",
+                "SGLang, llama.cpp and Ollama ignore the flag and serve it 11.3 times too weak",
+                "The tuned run is taken to be without use_rslora",
                 "`rora portable`",
             ],
         ),

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from support import commands
 
-from rora_theory.advice.constants import CONSTANTS
+from rora_theory.advice.constants import CONSTANTS, EVIDENCE
 from rora_theory.advice.setting import Setting
 from rora_theory.advice.transfer import transfer as carry
 from rora_theory.errors import InputError
@@ -49,7 +49,7 @@ def test_the_command_as_a_user_runs_it() -> None:
     }  # fmt: skip
     evidence, _, rest = text.partition("\n\n")
     assert evidence.startswith("In ")
-    assert "public runs of 35 models" in evidence
+    assert f"public runs of {EVIDENCE['fixed_gain']['models']} models" in evidence
     assert rest.startswith("From rank 8 to 128 with AdamW: keep lora_alpha=16 and multiply the learning rate by")
     lines = cells(text)
     rows = {row.name: row for row in carry(Setting(8, 16.0, 3e-4), 128).alternatives()}
