@@ -36,7 +36,7 @@ function sentenceOf(inputs, advice) {
 
 /** A chart of best rates against the rank, on two logarithmic axes. */
 function chart(lines, marks, width) {
-  const [left, right, bottom, row] = [46, 8, 34, 17];
+  const [left, right, bottom, row] = [46, 14, 34, 17];
   const columns = width < 340 ? 1 : 2;
   const top = 8 + row * Math.ceil(lines.length / columns);
   const height = top + 170 + bottom;
