@@ -48,9 +48,6 @@ def missing(error: ImportError) -> Any:
 
     Its attributes are placeholders too, it can be a base class or an annotation, and calling it raises `InputError`.
 
-    Returns:
-      The placeholder.
-
     Raises:
       ImportError: The error itself, if it is not about a package of an extra.
     """

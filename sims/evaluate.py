@@ -112,9 +112,6 @@ def evaluate(
       tasks: Records of each task.
       model: Model to score.
       adapter: Adapter that is not merged into the model.
-
-    Returns:
-      The accuracies of the tasks, and their average.
     """
     scoring, records = config.scoring(), [record for items in tasks.values() for record in items]
     # Samples of an earlier part of this run are read from its file and not scored again.

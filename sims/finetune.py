@@ -149,11 +149,7 @@ def record_start(
 
 
 def train(trainer: Trainer, folder: RunFolder, log_to: TrackerName | None = None) -> list[dict[str, Any]]:
-    """Train to the end, writing every event to `metrics.jsonl`, then all events to `results.csv`.
-
-    Returns:
-      All events of the run.
-    """
+    """Train to the end, writing every event to `metrics.jsonl`, then all events to `results.csv`."""
     # Events go to the journal, the tracker and the progress bar. A resumed run begins with the past ones.
     events = Metrics(folder.path / metrics.FILE, trainer)
     print(resumption(trainer.step, trainer.steps, resumed=folder.resumed))

@@ -94,9 +94,6 @@ def resolve_inside(folder: Path, name: object, *, where: str | Path, links: bool
       links: Whether symbolic links may lead out of the folder, as in the Hugging Face hub's cache. Pass True only for
         files that are read, never for those that are written or removed.
 
-    Returns:
-      The folder joined with the name.
-
     Raises:
       InputError: The name is not a relative path, contains ``..``, or leads out of the folder through a symbolic link.
 

@@ -75,11 +75,7 @@ def run_table(
     title: str,
     name: str = "results.csv",
 ) -> "pd.DataFrame":
-    """Run cells whose results are rows of a table, and write the table every few seconds and at the end.
-
-    Returns:
-      The table with the rows of all cells.
-    """
+    """Run cells whose results are rows of a table, and write the table every few seconds and at the end."""
 
     def table(parts: list[Any]) -> "pd.DataFrame":
         return frames.from_rows((row for part in parts for row in part), columns)

@@ -72,9 +72,6 @@ def parse(config: type[Options], argv: Sequence[str] | None = None, *, descripti
       argv: Words of the command line; by default, those of the process.
       description: Description of the command in ``--help``.
 
-    Returns:
-      The dataclass with the parsed options.
-
     Raises:
       InputError: If the dataclass refuses a value, or a file of options cannot be read.
       SystemExit: After ``--help``, with status 0; after an error of tyro, with status 2.

@@ -81,9 +81,6 @@ def read_inputs(
       dtype: Type of the weights.
       revision: Branch, tag or commit of a model on the hub.
 
-    Returns:
-      The records and the model.
-
     Raises:
       InputError: If the records or the model cannot be read.
     """

@@ -151,9 +151,6 @@ def make_seed_batches(
       seeds: Seeds of the order of the records.
       steps: Number of batches that a seed trains on if they are fresh.
 
-    Returns:
-      The batches of every seed.
-
     Raises:
       InputError: If there are too few records.
     """

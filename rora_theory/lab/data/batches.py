@@ -119,9 +119,6 @@ def split_records(records: Sequence[T], held_out: int, seed: int) -> tuple[list[
 
     The permutation is that of `datasets.Dataset.train_test_split` at the same seed.
 
-    Returns:
-      The training records and the validation records.
-
     Raises:
       InputError: There are fewer than ``held_out + 1`` records.
     """
@@ -293,9 +290,6 @@ def plan_epoch(
       batch_size: Number of records per batch.
       seed: Seed that determines the order together with ``epoch``; None keeps the order of the records (validation).
       epoch: Index of the epoch, from 0.
-
-    Returns:
-      The batches in order.
     """
     random = None if seed is None else np.random.default_rng([seed, epoch])
     # Shuffle the records and deal each to the narrowest width that holds it.

@@ -63,9 +63,6 @@ def sample_windows(
       held_out: Number of held-out windows.
       seed: Seed of the sample.
 
-    Returns:
-      The windows and the held-out windows.
-
     Raises:
       InputError: The documents have too few tokens.
     """

@@ -100,9 +100,6 @@ def analyse(
       crossing_distances: Crossing distances of the model's modules, see `judge_runs`.
       linear_terms: Linear terms of the model's modules, see `judge_runs`.
       other_runs: Runs to compare with, by description.
-
-    Returns:
-      The frames of the analysis.
     """
     names = dict.fromkeys(name for run in runs for name, _ in run.axes)
     groups: dict[tuple[Any, ...], list[SweepRun]] = {}
@@ -164,9 +161,6 @@ def judge_runs(
       other_runs: Runs to compare with, by description, see `runs.read_comparison_runs`.
       tokens_by_loss: Numbers of tokens by the tokens of the loss, for the best rates by both losses; None uses the loss
         by which the runs are judged.
-
-    Returns:
-      The frames of the analysis.
     """
     # Curves of loss against rate at every step, and their minima.
     runs = merge_repeated_runs(runs)

@@ -168,11 +168,7 @@ def draw_problem(key: PRNGKeyArray, config: ProblemConfig) -> Problem:
 
 
 def draw_adapters(key: PRNGKeyArray, config: ProblemConfig, *, rank: int) -> Adapters:
-    """Sample the initial adapters: A as PEFT does, nested over ranks (`rora_theory.laws.random.nested`), and B = 0.
-
-    Returns:
-      The factors of each layer.
-    """
+    """Sample the initial adapters: A as PEFT does, nested over ranks (`rora_theory.laws.random.nested`), and B = 0."""
     adapters = []
     for index, (out, fan_in) in enumerate(config.shapes):
         # A key for each layer.
@@ -302,9 +298,6 @@ def draw_ensemble(
     """Sample adapters and problems with a leading axis of seeds.
 
     The problem of a seed is the same at every rank, and its adapters are nested over ranks.
-
-    Returns:
-      The adapters and the problems.
     """
     # Two keys for each seed, [seeds, 2]: one of the problem and one of the adapters.
     keys = jax.vmap(lambda member: jax.random.split(jax.random.fold_in(jax.random.key(seed), member)))(

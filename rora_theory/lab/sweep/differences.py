@@ -123,9 +123,6 @@ def method_differences(rows: pd.DataFrame, losses: Mapping[str, pd.DataFrame], c
       losses: Losses of the held-out records by key, see `collect_record_losses`.
       cells: Folder of the cells, with their answers by item.
 
-    Yields:
-      The differences.
-
     Raises:
       InputError: If two cells were measured on different records, or if a cell's file is missing or damaged.
     """
