@@ -318,7 +318,7 @@ def describe_verdicts(judged: Sequence[Verdict]) -> str:
         verb = status if len(numbers) == 1 else status.replace("holds", "hold").replace("fails", "fail")
         equation_list = "" if status == "holds" else f" ({', '.join(numbers)})"
         parts.append(f"{len(numbers)} {verb}{equation_list}")
-    return f"Of {len(judged)} claims of the paper's equations {', '.join(parts)}."
+    return f"Of {len(judged)} claims (Eq. 1 to 15 and the gradients of A and B) {', '.join(parts)}."
 
 
 def verdict_rows(judged: Sequence[Verdict]) -> list[tuple[str, Status, str]]:
@@ -494,7 +494,7 @@ def _judge_growth(draws: Draws, equation: str, claim: str, rule: Rule, printed: 
         return log_log_fit(list(cells), [norm.value for norm in norms], [norm.error for norm in norms])
 
     # Ranks far above the crossing rank: those of the sweep, or two others if it has fewer than two.
-    crossing = laws.random_input_crossing_rank(draws.p_in, 0.5)
+    crossing, apart = (laws.random_input_crossing_rank(draws.p_in, overlap) for overlap in (0.5, 0.0))
     beyond = {rank: moments for rank, moments in draws.overlapping.items() if rank >= 10 * crossing}
     if len(beyond) < 2:
         beyond = {rank: draws.moments(rank, 0.5) for rank in (math.ceil(16 * crossing), math.ceil(64 * crossing))}
@@ -516,7 +516,7 @@ def _judge_growth(draws: Draws, equation: str, claim: str, rule: Rule, printed: 
         equation,
         claim,
         decide(outcomes[-1:], outcomes[:-1]),
-        f"r >> r* (r* = {crossing:.1f} at overlap 0.5); at overlap 0 r* = p_in + 2 = {draws.p_in + 2}",
+        f"r >> r* (r* = {crossing:.1f} at overlap 0.5); at overlap 0 r* = p_in + 1 = {apart:.0f}",
         f"slope of |w| over ranks {draws.low}-{draws.high}: {independent} at overlap 0, {overlapping} at 0.5, "
         f"{in_limit} at 0.5 from r = {min(beyond)}",
     )
