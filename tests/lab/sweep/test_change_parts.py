@@ -69,6 +69,8 @@ def test_inputs_are_those_of_the_records_own_tokens(start) -> None:
     np.testing.assert_allclose(x[:, :3], expected["mlp.down_proj"][:, 0, 2:], rtol=2e-5, atol=1e-6)
     x = change_parts.module_inputs(PARAMS, CONFIG, examples(rows), start, records=2)["mlp.down_proj"]
     assert x.shape[1] == 3 + 1
+    x = change_parts.module_inputs(PARAMS, CONFIG, examples(rows[:1]), start)["mlp.down_proj"]
+    assert x.shape[1] == 5, "a single record shares its beginning with no other"
     two_share = [[5, 6, 7, 0], [5, 6, 8, 0], [5, 9, 1, 0]]
     x = change_parts.module_inputs(PARAMS, CONFIG, examples(two_share), start)["mlp.down_proj"]
     assert x.shape[1] == 2 + 2 + 2, "the third differs from what two of them share"

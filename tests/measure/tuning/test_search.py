@@ -17,7 +17,7 @@ from rora_theory import InputError
 from rora_theory.advice.best_rate import Run
 from rora_theory.measure import tune
 from rora_theory.measure.batches import find_masks
-from rora_theory.measure.tuning.examples import held_out_groups, read_batches
+from rora_theory.measure.tuning.examples import digest, held_out_groups, read_batches
 from rora_theory.measure.tuning.prior import rate_prior
 from rora_theory.measure.tuning.result import Tuning
 from rora_theory.measure.tuning.training import LedParts, config_gain, probe_config
@@ -391,6 +391,22 @@ def test_held_out_images_are_split_into_rows() -> None:
     groups = held_out_groups(torch_models.model("vit"), [torch_models.batch("vit", rows=3)])
     assert [(group.targets, group.tokens) for group in groups] == [(1, 1)] * 3
     assert [group.batch["pixel_values"].shape[0] for group in groups] == [1] * 3
+
+
+@pytest.mark.parametrize("shared", [torch.tensor(2.0), torch.ones(1, 9), torch.ones(9)])
+def test_held_out_rows_with_a_tensor_for_all_of_them_stay_together(shared) -> None:
+    (group,) = held_out_groups(torch_models.model(), [torch_models.batch(rows=3) | {"shared": shared}])
+    assert group.batch["input_ids"].shape == (3, 9)
+    assert group.batch["shared"] is shared
+
+
+def test_the_digest_of_batches_depends_on_names_types_shapes_and_values() -> None:
+    """Equal bytes may be different tensors."""
+    zeros = torch.zeros(2, 3)
+    others = [{"x": zeros.T}, {"x": zeros.int()}, {"y": zeros}, {"x": zeros + 1}, {"x": zeros, "y": zeros}]
+    assert len({digest([batch]) for batch in [{"x": zeros}, *others]}) == 6
+    assert digest([{"x": zeros, "n": 1}]) == digest([{"x": zeros.clone(), "n": 2}])
+    assert digest([{"x": zeros}] * 2) != digest([{"x": zeros}])
 
 
 def prompted(config_class):
