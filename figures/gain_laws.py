@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 
 from figures import style
 from rora_theory.runs import frames
+from rora_theory.validation.ranges import Count, check_ranges
 
 REFERENCE_GAIN = 32.0
 """G of the setting to whose best rate the laws are tied."""
@@ -32,10 +33,13 @@ LAWS = {
 class GainLawsOptions:
     runs: Annotated[Path, tyro.conf.Positional]
     """Folder with best.csv and predictions.csv of benchmarks/gain_laws.py"""
-    rank: int = 8
+    rank: Count = 8
     """Rank whose best rates are drawn"""
     out: Path | None = None
     """Folder for gain_laws.png and .svg; that of the runs by default"""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 def draw_gain_laws(config: GainLawsOptions) -> Sequence[Path]:
