@@ -1,6 +1,7 @@
 """Estimators of best rates from whole curves: exact on parabolas, better than three points with noise."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -44,6 +45,14 @@ def test_registration_finds_the_shift_of_a_skewed_curve() -> None:
     # Curves interpolated at other points of the same shape: within a twentieth of a grid step of 0.83 octaves.
     np.testing.assert_allclose(registration_shifts(first, second), math.log2(0.2), atol=0.05)
     np.testing.assert_allclose(registration_shifts(second, first), -math.log2(0.2), atol=0.05)
+
+
+@pytest.mark.parametrize("octaves", [0.05, 0.06, 0.07, -0.93])
+def test_registration_is_finer_than_its_steps(octaves) -> None:
+    """The losses are the same at rates that differ by a factor; shifts are tried every 0.04 octaves."""
+    first = curve(1e-3, skew=0.02)
+    second = replace(first, rates=first.rates * 2**octaves)
+    np.testing.assert_allclose(registration_shifts(first, second), octaves, atol=1e-3)
 
 
 def test_whole_curves_have_a_smaller_spread_than_three_points() -> None:

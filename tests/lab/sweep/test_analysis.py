@@ -731,6 +731,17 @@ def test_the_ratios_of_each_reading_are_summarised() -> None:
     assert part_tables.part_table(runs[1:]).empty
 
 
+def test_the_displacement_constant_is_that_of_runs_up_to_half_a_step_above_the_best_rate() -> None:
+    """A quarter decade is a step of the grid: half of it is a factor of 1.334. K is G rho (1 + rho)."""
+    columns = {"rank": 8, "gain": 64.0, "step": 64}
+    ratios = {5e-4: 0.5, 1.33e-3: 1.0, 1.34e-3: 9.0}
+    parts = [columns | {"learning_rate": rate, "ratio": ratio} for rate, ratio in ratios.items()]
+    parts.append(parts[0] | {"rank": 16})  # without a best rate
+    best = pd.DataFrame([columns | {"best_rate": 1e-3}, columns | {"rank": None, "best_rate": 1.0}])
+    (row,) = frames.rows(part_tables.constants_by_steps(pd.DataFrame(parts), best))
+    assert row == columns | {"constant": 88.0, "constant_low": 48.0, "constant_high": 128.0, "runs": 2}
+
+
 # ---- regret and estimators
 
 
