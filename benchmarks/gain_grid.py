@@ -14,7 +14,8 @@ training records of BoolQ and OpenBookQA.
 Each seed has a run folder of its own with a new sample of training and held-out records, ``seed_0`` and so on, so that
 whole seeds finish first; a repeated command resumes. The rates of a setting are a factor of sqrt(10) apart around the
 one that ``centres.csv`` has: the best rate of the pilot, carried by G^-0.75, r^0.15 and, to cosine decay and other
-numbers of steps, the published factors. ``--grid full`` has all settings of a design, ``--grid reduced`` its first.
+numbers of steps, the published factors. ``--grid full`` has all settings of a design, ``--grid reduced`` its first, and
+``--grid finer`` adds two rates a factor of 10^(1/4) from the middle one to the settings that are compared.
 """
 
 import argparse
@@ -35,6 +36,8 @@ REFERENCE_RANK, REFERENCE_GAIN = 8, 32.0
 PILOT_SEED = 99
 PILOT_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 RATE_RATIO = math.sqrt(10)
+FINER = (-0.5, 0.5)
+"""Rates of ``--grid finer`` around the middle one, as powers of `RATE_RATIO`."""
 SCHEDULES = ("constant", "cosine")
 
 
@@ -145,12 +148,13 @@ def run_seeds(args: argparse.Namespace) -> None:
     """Run whole seeds one after the other."""
     design = DESIGNS[args.design]
     centres = pd.read_csv(args.out / "centres.csv").set_index(["rank", "gain", "schedule", "steps", "batch_size"])
-    settings = design.reduced if args.grid == "reduced" else design.reduced + design.more
-    for seed, setting in itertools.product(args.seeds or design.seeds, settings):
+    grids = {"reduced": design.reduced, "full": design.reduced + design.more, "finer": design.compared}
+    for seed, setting in itertools.product(args.seeds or design.seeds, grids[args.grid]):
         middle = float(
             centres.loc[(setting.rank, setting.gain, setting.schedule, setting.steps, setting.batch_size), "rate"]
         )
-        rates = [f"{middle * RATE_RATIO ** (k - (design.rates - 1) / 2):.3g}" for k in range(design.rates)]
+        steps_of_ratio = FINER if args.grid == "finer" else np.arange(design.rates) - (design.rates - 1) / 2
+        rates = [f"{middle * RATE_RATIO**k:.3g}" for k in steps_of_ratio]
         words = ["--ranks", str(setting.rank), "--gains", repr(setting.gain), "--lrs", *rates]
         words += ["--axes", f"schedule={setting.schedule}", f"batch_size={setting.batch_size}"]
         steps = [setting.steps]
@@ -235,7 +239,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, nargs="+", help="files of records")
     parser.add_argument("--pilot", type=Path, help="run folder of the pilot")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--grid", choices=("reduced", "full"), default="reduced")
+    parser.add_argument("--grid", choices=("reduced", "full", "finer"), default="reduced")
     parser.add_argument("--seeds", type=int, nargs="+", help="by default all of the design")
     args = parser.parse_args()
     {"pilot": pilot, "predict": predict, "run": run_seeds}[args.work](args)

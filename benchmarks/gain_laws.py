@@ -137,7 +137,7 @@ def read_curves(folder: Path, design: Design) -> dict[Key, Curve]:
         steps = design.read_at if schedule == "constant" else (design.steps(schedule),)
         for step in steps:
             for curve in curves_at(runs, tokens, step, draws=DRAWS):
-                if len(curve.rates) == design.rates:
+                if len(curve.rates) >= design.rates:
                     curves[schedule, step, curve.rank, round(curve.gain, 6)] = curve
     return curves
 
