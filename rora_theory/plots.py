@@ -454,12 +454,12 @@ def band_handle() -> Any:
     return Rectangle((0, 0), 1, 1, facecolor=BAND_COLOUR, edgecolor="none")
 
 
-def integer_ticks(axis: "matplotlib.axes.Axes", values: Iterable[int | np.integer], max_count: int = 7) -> None:
+def integer_ticks(axis: "matplotlib.axes.Axes", values: Iterable[float | np.integer], max_count: int = 7) -> None:
     """Make the x axis logarithmic, with ticks at ranks or steps that were run, as plain integers.
 
     Args:
       axis: Axes to change.
-      values: Ranks or steps.
+      values: Ranks, steps or other whole numbers.
       max_count: Maximum number of ticks.
     """
     from matplotlib.ticker import NullLocator
