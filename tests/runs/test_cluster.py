@@ -36,6 +36,13 @@ def test_a_single_process_does_not_need_ray(monkeypatch) -> None:
     leave()  # nothing to leave
 
 
+def test_the_number_of_workers_is_limited() -> None:
+    assert ClusterConfig(workers=4096).workers == 4096
+    for workers in (0, 4097):
+        with pytest.raises(InputError, match=f"workers .*{workers}"):
+            ClusterConfig(workers=workers)
+
+
 @with_ray
 def test_no_cluster_at_the_address(tmp_path, capsys) -> None:
     """The command prints one line before the run folder is made."""

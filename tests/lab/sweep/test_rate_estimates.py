@@ -50,10 +50,15 @@ def test_both_losses_have_their_own_best_rate_with_an_interval() -> None:
 def test_runs_are_judged_by_the_loss_that_they_learned(loss_on, best) -> None:
     """Best rates, regrets and the marked rates use the answers if the prompts were masked in training."""
     runs = [replace(run, loss_on=loss_on) for rank in (8, 128) for run in two_losses(1e-3, 5e-4, rank=rank)]
-    judged = analysed(runs)
-    assert judged.best["best_rate"].to_numpy() == pytest.approx(best, rel=0.03)
-    assert judged.best["best_loss"].to_numpy() == pytest.approx(1.0, abs=0.1), "per token of the answers"
-    assert judged.regret["tuned_rate"].to_numpy() == pytest.approx(best, rel=0.03)
+    higher = [replace(run, loss_on=loss_on, gain=128.0) for run in two_losses(2e-3, 1e-3)]
+    judged = analysed([*runs, *higher])
+    assert judged.best.query("gain == 64")["best_rate"].to_numpy() == pytest.approx(best, rel=0.03)
+    assert judged.regret.query("old_gain == 64")["tuned_rate"].to_numpy() == pytest.approx(best, rel=0.03)
+    # Losses are per token of those that were learned.
+    assert judged.best["best_loss"].to_numpy() == pytest.approx(1.0, abs=0.1)
+    difference = judged.one_rate.query("step == 64")["difference"].iloc[0]
+    squares = [math.log10(RATES[0] / minimum) ** 2 for minimum in (best, 2 * best)]
+    assert difference == pytest.approx(0.1 * (squares[0] - squares[1]), rel=0.1)
     table = results.results_table([replace(run, key="k") for run in runs], {"": (TOKENS, ANSWER_TOKENS)})
     marked = table[table["best_rate"].notna()]
     assert marked["learning_rate"].to_numpy() == pytest.approx(min(RATES, key=lambda rate: abs(math.log(rate / best))))
