@@ -214,6 +214,8 @@ def test_packaged_medians_and_numbers_of_distinct_values() -> None:
     }
     assert len(problems) == 2
     assert fill.fill_packaged(filled, "data.json") == (filled, [])
+    one_row = {"rows": "run/rates.csv rank=8", "distinct": {"rules": {"columns": "rule", "number": 1}}}
+    assert fill.fill_packaged(json.dumps({"a": one_row}), "data.json")[1] == []
     for wrong in ({"medians": {"rank": 0}}, {"distinct": {"rules": {"columns": "rules", "number": 0}}}):
         assert "error: " in fill.fill_packaged(json.dumps({"a": entry | wrong}), "data.json")[1][0]
 

@@ -37,10 +37,11 @@ def test_a_single_process_does_not_need_ray(monkeypatch) -> None:
 
 
 def test_the_number_of_workers_is_limited() -> None:
+    """On a cluster, the resources of a cell limit it instead."""
     assert ClusterConfig(workers=4096).workers == 4096
-    for workers in (0, 4097):
+    for workers, address in ((0, None), (4097, None), (2, "auto")):
         with pytest.raises(InputError, match=f"workers .*{workers}"):
-            ClusterConfig(workers=workers)
+            ClusterConfig(workers=workers, address=address)
 
 
 @with_ray
