@@ -61,3 +61,15 @@ def test_compared_runs_are_read_and_their_settings_named(tmp_path) -> None:
     for name in ("other", "absent"):
         with pytest.raises(InputError, match=f"compare_to .*sims.sweep.*got .*{name}"):
             read_comparison_runs(tmp_path / name, constant)
+
+
+def test_the_base_model_is_read_as_a_run_without_a_rate(tmp_path) -> None:
+    """Its rate is 0, so that no curve has it."""
+    write_folder(tmp_path / "run", {"schedule": "cosine"})
+    settings = dict.fromkeys(("rank", "alpha", "rate", "seed"))
+    base = CELL | settings | {"method": "base", "read_at": [], "evaluation": {"protocol": "label"}}
+    value = {"readings": [RESULT["readings"][0] | {"step": 0}], "train_losses": [], "diverged_at": None}
+    Journal(tmp_path / "run" / CELLS).append({"key": key_of(base), "cell": base, "value": value, "files": []})
+    (run,) = read_runs(tmp_path / "run", [key_of(base)])
+    assert (run.method, run.rank, run.gain, run.rate, run.seed) == ("base", None, None, 0.0, 0)
+    assert (run.steps, run.length, run.losses(0)) == (None, 0, [1.0])
