@@ -19,6 +19,7 @@ REPOSITORY_PATH = "../results/published"
 """The published runs as the pages of `docs` link to them."""
 NAMES = MODEL_NAMES | {
     "pretrain_small/model": "ours, 1.0M weights",
+    "SMALL/model": "ours, 1.0M weights",
     "small_checkpoint_5500/model": "ours, 1.0M weights, after 5,500 of 8,000 steps",
     "pretrain_medium/model": "ours, 2.9M weights",
 }
@@ -36,6 +37,7 @@ TITLES = {
     "rank_sweep": "Ranks and rates, 32 steps",
     "rank_sweep_pruned": "Ranks and rates, 32 steps, model pruned to half",
     "real_layers": "Nine modules with drawn adapters",
+    "small_models": "A small model, five seeds",
     "regime": "Crossing ranks, all tokens",
     "regime_gemma": "Crossing ranks in Gemma 3 270M",
     "regime_held_out": "Crossing ranks, held-out tokens",
@@ -72,7 +74,9 @@ def figures() -> list[Figure]:
     """
     published = []
     for path in sorted(PUBLISHED.glob("**/*.png")):
-        manifest = json.loads((path.parent / "manifest.json").read_text())
+        # A figure over several seeds lies above their run folders, which differ in the seed alone.
+        run = next(iter(sorted(path.parent.glob("seed_*"))), path.parent)
+        manifest = json.loads((run / "manifest.json").read_text())
         drawings = [drawing for pattern, *drawing in _drawings() if re.fullmatch(pattern, path.stem)]
         if not drawings:
             commands = sorted({command for _, command, _ in _drawings()})

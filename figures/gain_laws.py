@@ -1,6 +1,6 @@
 """Best learning rate against G = gamma r for several seeds, beside the laws that were written down before the runs.
 
-python -m figures.gain_laws RUNS
+python -m figures.gain_laws RUN
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ LAWS = {
 
 @dataclass(frozen=True)
 class GainLawsOptions:
-    runs: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.Positional]
     """Folder with best.csv and predictions.csv of benchmarks/gain_laws.py"""
     rank: Count = 8
     """Rank whose best rates are drawn"""
@@ -48,14 +48,14 @@ def draw_gain_laws(config: GainLawsOptions) -> Sequence[Path]:
     A law's line passes through the geometric mean of the best rates at G = 32. Best rates are those by whole curves; a
     cross is one at the end of its rates, which is a bound.
     """
-    best = frames.read_csv(config.runs / "best.csv")
-    predictions = frames.read_csv(config.runs / "predictions.csv")
+    best = frames.read_csv(config.run / "best.csv")
+    predictions = frames.read_csv(config.run / "predictions.csv")
     best = best[(best["estimator"] == "whole curve") & (best["rank"] == config.rank)]
     # The compared settings of a schedule have its largest number of steps.
     best = best[best["steps"] == best.groupby("schedule")["steps"].transform("max")]
     schedules = [name for name in ("constant", "cosine") if name in set(best["schedule"])]
     if not schedules:
-        style.fail(f"{config.runs} has no best rate at --rank {config.rank}. Choose a rank that best.csv has.")
+        style.fail(f"{config.run} has no best rate at --rank {config.rank}. Choose a rank that best.csv has.")
     figure, axes = style.panels(len(schedules), sharex=True)
     for axis, schedule in zip(axes, schedules, strict=True):
         rows = best[best["schedule"] == schedule]
@@ -71,12 +71,12 @@ def draw_gain_laws(config: GainLawsOptions) -> Sequence[Path]:
         axis.set(xscale="log", yscale="log", ylabel="best learning rate")
         axis.set_title(f"{decay}, {int(rows['steps'].max()):,} steps, {rows['seed'].nunique()} seeds", loc="left")
         style.plain_ticks(axis, rows["gain"])
-    axes[-1].set_xlabel(r"$G = \gamma r$")
+    axes[-1].set_xlabel("G, the scaling times the rank")
     looks = zip(LAWS.values(), style.COLOURS, strict=False)
     handles = {label: axes[0].plot([], [], line, color=color)[0] for (label, line), color in looks}
     handles["a seed's best rate"] = Line2D([], [], linestyle="none", marker="o", color="black", fillstyle="none")
     style.legend(figure, handles, "laws, tied to the runs at G = 32")
-    return style.save(figure, config.out or config.runs, "gain_laws")
+    return style.save(figure, config.out or config.run, "gain_laws")
 
 
 def law_line(predictions: pd.DataFrame, schedule: str, law: str, rank: int) -> pd.Series:

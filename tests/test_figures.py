@@ -25,6 +25,7 @@ from figures import (
     displacement_ratio,
     exponent_map,
     exponent_vs_gain,
+    gain_laws,
     horizon,
     horizon_loss,
     layers_vs_rank,
@@ -73,6 +74,7 @@ FIGURES = {
     ],
     "horizon_cosine": [(horizon_loss, {"ranks": (8, 128), "gains": (64.0,), "steps": 256, "top": 0.97})],
     "horizon_gemma": [(displacement_ratio, {}), (exponent_vs_gain, {"ranks": (8, 128)})],
+    "small_models": [(gain_laws, {})],
     "rank_sweep_pruned": [
         (accuracy_vs_rank, {"lr": 3e-4, "name": "SmolLM2-135M pruned to half"}),
         (loss_vs_rate, {"rank": 32, "name": "SmolLM2-135M pruned to half"}),
