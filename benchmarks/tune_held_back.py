@@ -13,7 +13,8 @@ used by no policy. A finished case is not run again; ``--only`` runs some cases,
 the table of the finished cases beside the criterion.
 
 Files in the output folder: ``cases/NAME.json`` with losses and rates; `held_back.csv`, a row for each case with the
-regret of each policy; `policies.csv`, their means over cases; and `verdict.json`.
+regret of each policy; `policies.csv`, their means over cases; `changes.csv`, how far the best rate moved from the
+probes to the planned runs; and `verdict.json`.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,20 @@ import pandas as pd
 import torch
 from peft import LoraConfig
 
+from rora_theory.advice.best_rate import Run, best_rate_change
 from rora_theory.lab import llama
 from rora_theory.measure import tune
 from rora_theory.measure.batches import model_loss, move_batch
 from rora_theory.measure.modules import trainable_parameters
 from rora_theory.measure.tuning.examples import held_out_groups, read_batches
+from rora_theory.measure.tuning.search import PROBE_RANK
 from rora_theory.measure.tuning.training import ProbeModel, ProbeSettings, config_gain
 from rora_theory.measure.tuning.trial import Trial
 from rora_theory.runs import files, frames
 from rora_theory.stats.curve_optima import quadratic_optima
 from rora_theory.stats.estimate import over_seeds
 from rora_theory.stats.rate_curves import Curve
+from rora_theory.stats.rate_optimum import best_rate
 from rora_theory.stats.regret import loss_at
 from sims.common import inputs
 from sims.common.tables import print_records
@@ -266,26 +270,57 @@ def run_case(runs: CaseRuns) -> dict[str, Any]:
         "ranges": {"prior": [prior.low, prior.high], "tune": [tuned.low, tuned.high]},
         "curve": [[rate, losses] for rate, losses in curve.items()],
         "tokens": [group.targets for group in runs.groups],
-        "probe": {"cost": tuned.cost.share, "steps": tuned.probe_steps, "assumptions": list(tuned.assumptions)},
+        "probe": describe_probe(tuned),
+    }
+
+
+def describe_probe(tuned: Any) -> dict[str, Any]:
+    """Return the cost, the number of steps, the losses and the assumptions of a probe; null is a loss that diverged."""
+    losses = tuned.curve[tuned.curve["steps"] == tuned.probe_steps].sort_values("learning_rate")
+    curve = [
+        [row.learning_rate, row.held_out_loss if math.isfinite(row.held_out_loss) else None]
+        for row in losses.itertuples()
+    ]
+    return {
+        "cost": tuned.cost.share,
+        "steps": tuned.probe_steps,
+        "curve": curve,
+        "assumptions": list(tuned.assumptions),
     }
 
 
 def judge_case(case: Case, result: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the regret of every policy on the measured curve, in nats per token, and whether the ranges hold."""
+    """Return the regret of every policy on the measured curve, in nats per token, and whether the ranges hold.
+
+    ``best_rate`` is that of a parabola through the whole curve, by which the criterion counts ranges. ``vertex`` is
+    that of the lowest loss and its neighbours; the first lies below it where losses rise steeply at high rates.
+    """
     tokens = math.fsum(result["tokens"])
     rates = np.array([rate for rate, _ in result["curve"]])
     losses = np.array([[math.inf if row is None else math.fsum(row) / tokens for _, row in result["curve"]]])
     lowest = int(np.argmin(losses))
     curve = Curve("adamw", "both", "lora", 1.0, case.rank, case.alpha / case.rank, rates, losses)
-    best = 2 ** float(quadratic_optima(curve, allows_ends=True)[0])
+    best, vertex = 2 ** float(quadratic_optima(curve, allows_ends=True)[0]), best_rate(rates, losses[0]).rate
+    # The probe's own best rate, and how the law of the advice expects the planned run's to differ.
+    steps, probe_curve = result["probe"]["steps"], result["probe"]["curve"]
+    probe_losses = np.array([math.inf if loss is None else loss for _, loss in probe_curve])
+    probe_vertex = best_rate(np.array([rate for rate, _ in probe_curve]), probe_losses).rate
+    run = Run(case.rank, case.alpha, case.steps, case.schedule, case.batch_size)
+    change = best_rate_change(replace(run, rank=min(case.rank, PROBE_RANK), steps=steps), run)
     row: dict[str, Any] = {"case": case.name, "kind": case.kind, "model": case.model, "data": case.data}
     row |= {"rank": case.rank, "gain": case.alpha, "steps": case.steps, "schedule": case.schedule, "best_rate": best}
-    row |= {"is_edge": lowest in (0, len(rates) - 1)}
+    row |= {
+        "is_edge": lowest in (0, len(rates) - 1),
+        "vertex": vertex,
+        "probe_steps": steps,
+        "probe_vertex": probe_vertex,
+    }
+    row |= {"measured_change": vertex / probe_vertex, "expected_change": math.exp(change.mean)}
     for name, rate in result["rates"].items():
         loss, is_lower_bound = loss_at(rates, losses, rate)
-        row |= {name: float(loss[0] - losses[0, lowest]), f"{name}, bound": is_lower_bound}
+        row |= {name: float(loss[0] - losses[0, lowest]), f"{name}, bound": is_lower_bound, f"{name}, rate": rate}
     for name, (low, high) in result["ranges"].items():
-        row[f"{name} covers"] = low <= best <= high
+        row |= {f"{name} covers": low <= best <= high, f"{name} covers vertex": low <= vertex <= high}
     return row
 
 
@@ -318,10 +353,11 @@ def judge(table: pd.DataFrame, criterion: Criterion) -> dict[str, Any]:
 
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a row for each policy with its regret over cases, and its difference from the prior's over cases."""
+    """Return a row for each policy: its regret, the difference from the prior's, and its rate relative to the best."""
     rows = []
     for name in [name for name in table if f"{name}, bound" in table]:
         regrets, difference = table[name], over_seeds((table[name] - table["prior"]).to_numpy())
+        ratios = table[f"{name}, rate"] / table["vertex"]
         rows.append(
             {
                 "policy": name,
@@ -332,10 +368,29 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
                 "minus_prior": difference.value,
                 "half_width": difference.half_width() if len(table) > 1 else math.nan,
                 "better_than_prior": int((regrets < table["prior"]).sum()),
+                "lowest_ratio": ratios.min(),
+                "median_ratio": ratios.median(),
+                "highest_ratio": ratios.max(),
                 "lower_bounds": int(table[f"{name}, bound"].sum()),
                 "coverage": table[f"{name} covers"].mean() if f"{name} covers" in table else math.nan,
+                "vertex_coverage": table[f"{name} covers vertex"].mean() if f"{name} covers" in table else math.nan,
             }
         )
+    return pd.DataFrame(rows)
+
+
+def summarise_changes(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the lowest, median and highest of ratios of rates over cases."""
+    ratios = {
+        "planned over probe": table["measured_change"],
+        "planned over probe by the law": table["expected_change"],
+        "advised over prior": table["tune, rate"] / table["prior, rate"],
+        "whole curve over vertex": table["best_rate"] / table["vertex"],
+    }
+    rows = []
+    for name, ratio in ratios.items():
+        values = {"lowest": ratio.min(), "median": ratio.median(), "highest": ratio.max()}
+        rows.append({"ratio": name} | values | {"below_1": int((ratio < 1).sum()), "cases": len(ratio)})
     return pd.DataFrame(rows)
 
 
@@ -348,6 +403,7 @@ def report(folder: Path) -> dict[str, Any]:
     verdict = judge(table, criterion)
     if rows:
         policies = summarise(table)
+        files.write_whole(folder / "changes.csv", frames.to_csv(summarise_changes(table)))
         files.write_whole(folder / "held_back.csv", frames.to_csv(table))
         files.write_whole(folder / "policies.csv", frames.to_csv(policies))
         title = f"Regret in nats per token over {len(rows)} of {len(cases)} cases"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import string
 
 import pandas as pd
@@ -58,6 +59,7 @@ def test_two_cases_are_run_resumed_and_reported(folder, monkeypatch, capsys) -> 
     assert (table[list(policies)] >= 0).all(axis=None)
     assert verdict["mean"] == pytest.approx(table["tune"].mean())
     assert "range test" in capsys.readouterr().out
+    assert set(pd.read_csv(folder / "policies.csv")["policy"]) == set(policies)
     # The regret is that of the measured curve.
     result = json.loads((folder / "cases" / "first.json").read_text())
     tokens = sum(result["tokens"])
@@ -68,6 +70,7 @@ def test_two_cases_are_run_resumed_and_reported(folder, monkeypatch, capsys) -> 
     assert result["rates"]["fixed 0.0005"] == pytest.approx(5e-4 * 4**0.75), "G is 16"
     assert judged.MIN_RATE < result["rates"]["range test"] < judged.MAX_RATE
     assert result["probe"]["cost"] <= 0.5
+    assert len(result["probe"]["curve"]) >= 3
 
 
 @pytest.mark.usefixtures("folder")
@@ -128,6 +131,31 @@ def test_the_criterion_can_fail() -> None:
         assert [name for name, holds in verdict["clauses"].items() if not holds] == [clause]
     assert judged.judge(outcomes(0.002, 0.005, full=3), criterion)["verdict"] == "undecided"
     assert judged.judge(pd.DataFrame(), criterion)["verdict"] == "undecided"
+
+
+def test_policies_are_compared_with_the_prior_case_by_case() -> None:
+    """The difference has the error over cases, by Student's t; a rate is compared with the best one."""
+    regrets = {"prior": [0.02, 0.03, 0.04], "tune": [0.01, 0.03, 0.05]}
+    rates = {"prior": [1e-3, 2e-3, 4e-3], "tune": [4e-3, 2e-3, 1e-3]}
+    table = pd.DataFrame({"vertex": [2e-3] * 3, "tune covers": [True, True, False]})
+    table["tune covers vertex"] = [True, False, False]
+    for name, values in regrets.items():
+        table[name], table[f"{name}, rate"], table[f"{name}, bound"] = values, rates[name], False
+    prior, tuned = judged.summarise(table).to_dict("records")
+    assert (prior["mean"], prior["minus_prior"], prior["half_width"]) == pytest.approx((0.03, 0, 0))
+    assert (tuned["minus_prior"], tuned["half_width"]) == pytest.approx((0, 4.303 * 0.01 / 3**0.5), rel=1e-3, abs=1e-12)
+    assert tuned["better_than_prior"] == 1
+    assert (prior["lowest_ratio"], prior["median_ratio"], prior["highest_ratio"]) == pytest.approx((0.5, 1, 2))
+    assert (tuned["coverage"], tuned["vertex_coverage"]) == pytest.approx((2 / 3, 1 / 3))
+
+
+def test_the_published_tables_and_verdict_are_those_of_the_published_cases(tmp_path) -> None:
+    shutil.copytree(judged.HELD_BACK / "cases", tmp_path / "cases")
+    shutil.copy(judged.HELD_BACK / judged.PREDICTIONS, tmp_path)
+    verdict = judged.report(tmp_path)
+    assert verdict == json.loads((judged.HELD_BACK / "verdict.json").read_text())
+    for name in ("held_back.csv", "policies.csv", "changes.csv"):
+        pd.testing.assert_frame_equal(pd.read_csv(tmp_path / name), pd.read_csv(judged.HELD_BACK / name))
 
 
 def test_the_published_cases_are_kept_apart() -> None:
