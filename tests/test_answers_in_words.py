@@ -33,7 +33,7 @@ def test_a_check() -> None:
 
 def test_verdicts() -> None:
     judged = [Verdict(str(9 - i), "", status, "", "") for i, status in enumerate(("fails", "holds", "fails", "holds"))]
-    assert describe_verdicts(judged) == "Of 4 claims of the paper's equations 2 hold, 2 fail (7, 9)."
+    assert describe_verdicts(judged) == "Of 4 claims of the paper's equations and gradients 2 hold, 2 fail (7, 9)."
 
 
 def test_slopes() -> None:

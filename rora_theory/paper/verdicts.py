@@ -318,7 +318,7 @@ def describe_verdicts(judged: Sequence[Verdict]) -> str:
         verb = status if len(numbers) == 1 else status.replace("holds", "hold").replace("fails", "fail")
         equation_list = "" if status == "holds" else f" ({', '.join(numbers)})"
         parts.append(f"{len(numbers)} {verb}{equation_list}")
-    return f"Of {len(judged)} claims (Eq. 1 to 15 and the gradients of A and B) {', '.join(parts)}."
+    return f"Of {len(judged)} claims of the paper's equations and gradients {', '.join(parts)}."
 
 
 def verdict_rows(judged: Sequence[Verdict]) -> list[tuple[str, Status, str]]:

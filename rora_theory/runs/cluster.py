@@ -12,6 +12,7 @@ import ipaddress
 import logging
 import math
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -134,7 +135,9 @@ def leave() -> None:
 def _connect(config: ClusterConfig) -> Any:
     """Start Ray on this machine, or connect to the cluster of the configuration, and return the module."""
     # Ray sets one NumPy thread for each worker. With as many as here, results have the same bits.
-    local = LOOPBACK | {"OMP_NUM_THREADS": str(os.cpu_count() or 1)} if config.address is None else {}
+    # Without a token Ray writes one into the home folder, which a job may not have.
+    token = {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    local = LOOPBACK | token | {"OMP_NUM_THREADS": str(os.cpu_count() or 1)} if config.address is None else {}
     for name, value in (VARIABLES | local).items():
         os.environ.setdefault(name, value)
     try:

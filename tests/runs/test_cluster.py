@@ -269,6 +269,7 @@ def test_a_session_on_this_machine_has_the_cores_of_its_workers(played, environm
     assert (options["num_cpus"], options["include_dashboard"], options["log_to_driver"]) == (5, False, False)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     local = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "OMP_NUM_THREADS": str(os.cpu_count())}
+    assert len(environment.pop("RAY_AUTH_TOKEN")) == 64, "the token is not written into the home folder"
     assert environment == before | RAY_VARIABLES | local, "as many threads as here, so that results have the same bits"
     ClusterConfig(workers=3, cell_cpus=1.5).runner()
     assert len(played.started) == 1, "a second experiment of the process uses the session"
