@@ -22,7 +22,8 @@ BASE = {
     "--train-records 12 --tasks boolq piqa --data-dir DATA",
     "regime": "--model MODEL --data TRAIN --batch-size 4 --held-out 4 --targets q_proj down_proj --ranks 1 4 16",
     "transfer": "",
-    "tune": "--model MODEL --data ONE TWO --held-out 16 --batch-size 4 --steps 256 --rank 16 --alpha 8 --lr 1e-2",
+    "tune": "--model MODEL --data ONE TWO --held-out 16 --batch-size 4 --steps 256 --rank 16 --alpha 8 --lr 1e-2 "
+    "--budget 0.1",
 }
 """Words of each command that are right."""
 

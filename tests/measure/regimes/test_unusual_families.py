@@ -239,7 +239,7 @@ def measurements(family, model):
     yield partial(coordinate_check, make_model, batch(family), (1, 2), held_out=batch(family, 1), steps=(1,), seeds=2)
     settings = peft.LoraConfig(r=4, target_modules=targets)
     train, held_out = ([batch(family, seed) for seed in seeds] for seeds in ((0, 1), (2, 3)))
-    yield partial(tune, model, train, held_out, config=settings, steps=200)
+    yield partial(tune, model, train, held_out, config=settings, steps=200, budget=0.2)
 
 
 UNSUPPORTED = {
