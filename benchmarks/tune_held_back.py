@@ -201,8 +201,8 @@ class CaseRuns:
         case = self.case
         return tune(
             self.model,
-            self.train,
-            self.held_out,
+            self.train if budget else None,
+            self.held_out if budget else None,
             config=self.config(),
             steps=case.steps,
             schedule=case.schedule,

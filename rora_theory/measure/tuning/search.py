@@ -120,9 +120,9 @@ def tune(
       model: Base model without adapters.
       train: Training batches with labels, such as a ``DataLoader``; or, with ``tokenizer``, records: texts, chats
         (``{"messages": [...]}``), ``{"text": ...}`` or ``{"input_ids": [...]}``. The first ones are used. Texts get
-        the tokenizer's own special tokens only: append an end token if the trainer of the run does. Not read without
-        a budget.
-      held_out: Other batches or records, on which the rates are compared. Not read without a budget.
+        the tokenizer's own special tokens only: append an end token if the trainer of the run does. None without a
+        budget.
+      held_out: Other batches or records, on which the rates are compared; None without a budget.
       config: Configuration of the planned run's adapters.
       steps: Number of optimizer steps of the planned run.
       schedule: Learning-rate schedule of the planned run: cosine, linear or constant.
@@ -153,10 +153,10 @@ def tune(
       planned run.
 
     Raises:
-      InputError: If an argument is out of range, the budget is too small or comes without data, the configuration
-        trains more than LoRA adapters of one rank, the model already has adapters or offloaded weights, there are no
-        labels, or the checkpoint belongs to another probe; if the first loss is not finite, every rate diverged, or all
-        gave one loss.
+      InputError: If an argument is out of range, the budget is too small, there are data without a budget or a budget
+        without data, the configuration trains more than LoRA adapters of one rank, the model already has adapters or
+        offloaded weights, there are no labels, or the checkpoint belongs to another probe; if the first loss is not
+        finite, every rate diverged, or all gave one loss.
     """
     # Validate all settings before reading data.
     check_integer("steps", steps)
@@ -189,6 +189,8 @@ def tune(
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e9
     run = Run(config.r, gain, steps, schedule, batch_size * accumulation)
     if budget == 0:
+        if train is not None or held_out is not None:
+            raise InputError("train and held_out have no effect without a budget. Pass budget=0.1 or no data.")
         prior = rate_prior(run, family=family, parameters=parameters)
         return conclude_without_probe(prior, steps=steps, config=copy.deepcopy(config))
     if train is None or held_out is None:

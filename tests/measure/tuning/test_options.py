@@ -209,7 +209,7 @@ def test_the_planned_run_moves_the_prior() -> None:
         ({"config": config(r=64, lora_alpha=32, use_rslora=True)}, {"rank": 64, "gain": 256.0}, None),
         ({"family": "Qwen3"}, {}, "Qwen3"),
     ):
-        result = run(**{"budget": 0, "train": [3], "held_out": [3]} | arguments)
+        result = run(**{"budget": 0, "train": None, "held_out": None} | arguments)
         priors.append(result.posterior.prior)
         assert priors[-1] == rate_prior(Run(**usual | changes), family=family, parameters=parameters)
     assert len(set(priors)) == len(priors)

@@ -243,13 +243,16 @@ def test_a_probe_that_cannot_beat_the_prior_says_so_before_it_trains_and_names_t
 
 
 def test_by_default_the_result_is_the_prior_and_no_data_are_needed() -> None:
-    """The planned run's scaling, rank, batch, steps and schedule move the rate; data that are given are not read."""
+    """The planned run's scaling, rank, batch, steps and schedule move the rate; data would have no effect."""
     parameters = sum(p.numel() for p in torch_models.model().parameters()) / 1e9
     expected = rate_prior(Run(32, 16.0, STEPS, "cosine", 8), parameters=parameters)
-    for data in ({}, {"train": [3], "held_out": [3]}):
-        result = tune(torch_models.model(), **data, config=config(), steps=STEPS, batch_size=4, accumulation=2)
-        assert result.posterior.belief == result.posterior.prior == expected
-        assert (result.cost.spent, len(result.curve)) == (0, 0)
+    planned = {"config": config(), "steps": STEPS, "batch_size": 4, "accumulation": 2}
+    result = tune(torch_models.model(), **planned)
+    assert result.posterior.belief == result.posterior.prior == expected
+    assert (result.cost.spent, len(result.curve)) == (0, 0)
+    for data in ("train", "held_out"):
+        with pytest.raises(InputError, match="no effect without a budget"):
+            tune(torch_models.model(), **planned, **{data: [3]})
 
 
 @pytest.mark.parametrize("missing", ["train", "held_out"])
