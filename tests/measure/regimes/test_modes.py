@@ -188,6 +188,8 @@ def test_weights_without_gradients_are_refused() -> None:
 
 def test_progress_states_the_cost(capsys) -> None:
     """Only on request the passes, an estimate of the remaining time, and the number of steps are printed."""
+    # The bars follow transformers' setting, which another test may have changed.
+    transformers.utils.logging.enable_progress_bar()
     model = torch_models.model()
     make_model = partial(torch_models.adapted, model)
     for arguments in ({}, {"progress": True}):
