@@ -281,8 +281,7 @@ def regret_rows(curves: Mapping[int, Mapping[Key, Curve]], constant: float, desi
             for policy, rate_of in policies({step: constant}).items():
                 cost = regret(pooled, target, partial(rate_of, old, new))
                 row: dict[str, Any] = {"seed": seed, "schedule": schedule, "to": name_of(rank, gain), "policy": policy}
-                row |= {"tuned_on": tuned_on, "learning_rate": cost.learning_rate, "regret": cost.nats.value}
-                rows.append(row | {"standard_error": cost.nats.known_error, "is_lower_bound": cost.is_lower_bound})
+                rows.append(row | {"tuned_on": tuned_on} | cost.row())
     return pd.DataFrame(rows)
 
 

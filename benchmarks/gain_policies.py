@@ -21,7 +21,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import gain_laws
@@ -31,9 +30,8 @@ from gain_grid import DESIGNS
 from sweep_folders import read_curves
 
 from rora_theory.advice.constants import CONSTANTS
+from rora_theory.evidence.policies import RateFactor, displacement_law, power_of_gain, with_rank
 from rora_theory.evidence.sweeps import load_sweeps
-from rora_theory.laws.displacement import best_rate_factor
-from rora_theory.laws.rank import rank_factor
 from rora_theory.runs import frames
 from rora_theory.stats.rate_curves import Curve
 from rora_theory.stats.regret import loss_at
@@ -52,8 +50,7 @@ WITHOUT_CONSTANT = {"keep the rate": 0.0, "square root": 0.5, "G^-0.75": 0.75, "
 OUR_MODELS = ("small", "SmolLM2 135M", "Gemma 3 270M")
 """Models of our runs, from which the K of the advice comes."""
 
-GainFactor = Callable[[float, float], float]
-"""Factor of the best rate, from the old and the new G."""
+RANK_EXPONENT = CONSTANTS["rank_exponent"].value
 
 
 @dataclass(frozen=True)
@@ -62,19 +59,19 @@ class Pair:
 
     Attributes:
       tuned_rate: Best rate of the first setting.
+      old_rank: Rank of the first setting.
       old_gain: G of the first setting.
-      rank_factor: Factor of the best rate by the change of the rank.
       curve: Curve of the second setting.
     """
 
     tuned_rate: float
+    old_rank: int
     old_gain: float
-    rank_factor: float
     curve: Curve
 
-    def regret(self, factor: GainFactor) -> float:
+    def regret(self, law: RateFactor) -> float:
         """Return the regret of a law at the second setting, in nats per token."""
-        rate = self.tuned_rate * self.rank_factor * factor(self.old_gain, self.curve.gain)
+        rate = self.tuned_rate * law(self.old_rank, self.old_gain, self.curve.rank, self.curve.gain)
         losses, _ = loss_at(self.curve.rates, self.curve.losses, rate)
         return float(losses.mean() - self.curve.losses.mean(axis=0).min())
 
@@ -82,14 +79,8 @@ class Pair:
 def pairs_of(curves: Iterable[Curve]) -> list[Pair]:
     """Return all ordered pairs of settings that differ in G."""
     inside = [curve for curve in curves if not curve.edge and curve.gain > 0]  # full fine-tuning has no G
-    exponent = CONSTANTS["rank_exponent"].value
     return [
-        Pair(
-            old.best_rate,
-            old.gain,
-            rank_factor(old.rank, new.rank, exponent=exponent),
-            new,
-        )
+        Pair(old.best_rate, old.rank, old.gain, new)
         for old, new in itertools.permutations(inside, 2)
         if abs(math.log(new.gain / old.gain)) > math.log(SMALLEST_CHANGE)
     ]
@@ -139,14 +130,14 @@ def all_pairs(external: Path | None) -> dict[str, dict[str, list[Pair]]]:
     }
 
 
-def power(exponent: float, old_gain: float, gain: float) -> float:
-    """Return the factor of a power law."""
-    return (old_gain / gain) ** exponent
+def power(exponent: float) -> RateFactor:
+    """Return the law G^-exponent, with the advice's exponent in the rank."""
+    return with_rank(power_of_gain(-exponent), RANK_EXPONENT)
 
 
-def displacement(constant: float, old_gain: float, gain: float) -> float:
-    """Return the factor of the displacement law."""
-    return best_rate_factor(old_gain, gain, displacement_constant=constant)
+def displacement(constant: float) -> RateFactor:
+    """Return the displacement law with a constant K, with the advice's exponent in the rank."""
+    return with_rank(displacement_law(constant), RANK_EXPONENT)
 
 
 @dataclass(frozen=True)
@@ -154,12 +145,12 @@ class Family:
     """Law with one constant.
 
     Attributes:
-      factor: Factor of the best rate from the constant, the old and the new G.
+      law: Law of a constant.
       constants: Constants among which the best is chosen.
       mean: Mean of the constants of several models.
     """
 
-    factor: Callable[[float, float, float], float]
+    law: Callable[[float], RateFactor]
     constants: np.ndarray
     mean: Callable[[pd.Series], float]
 
@@ -170,9 +161,9 @@ FAMILIES = {
 }
 
 
-def mean_regret(sets: Mapping[str, list[Pair]], factor: GainFactor) -> float:
+def mean_regret(sets: Mapping[str, list[Pair]], law: RateFactor) -> float:
     """Return a model's mean regret of a law; its sets of runs have the same weight."""
-    return float(np.mean([np.mean([pair.regret(factor) for pair in pairs]) for pairs in sets.values()]))
+    return float(np.mean([np.mean([pair.regret(law) for pair in pairs]) for pairs in sets.values()]))
 
 
 def scan(pairs: Mapping[str, Mapping[str, list[Pair]]]) -> pd.DataFrame:
@@ -182,7 +173,7 @@ def scan(pairs: Mapping[str, Mapping[str, list[Pair]]]) -> pd.DataFrame:
             "model": model,
             "law": law,
             "constant": constant,
-            "regret": mean_regret(sets, partial(family.factor, constant)),
+            "regret": mean_regret(sets, family.law(constant)),
         }
         for (model, sets), (law, family) in itertools.product(pairs.items(), FAMILIES.items())
         for constant in family.constants.tolist()
@@ -199,10 +190,10 @@ def judged(pairs: Mapping[str, Mapping[str, list[Pair]]], own: pd.DataFrame) -> 
     """Return the regret of every law on every set of runs, with the mean constant of the other models."""
     rows = []
     for model, sets in pairs.items():
-        laws = {name: (partial(power, exponent), exponent) for name, exponent in WITHOUT_CONSTANT.items()}
+        laws = {name: (power(exponent), exponent) for name, exponent in WITHOUT_CONSTANT.items()}
         for law, family in FAMILIES.items():
             constant = family.mean(own[(own["law"] == law) & (own["model"] != model)]["constant"])
-            laws[law] = partial(family.factor, constant), constant
+            laws[law] = family.law(constant), constant
         for (runs, chosen), (law, (factor, constant)) in itertools.product(sets.items(), laws.items()):
             costs = np.array([pair.regret(factor) for pair in chosen])
             row = {"model": model, "runs": runs, "law": law, "constant": constant, "pairs": len(costs)}
