@@ -10,6 +10,10 @@ laws have the advice's exponent in the rank. The K of the advice is the mean ove
 A pair is two settings of one seed, schedule and number of steps that differ in G, in both directions, with both best
 rates inside their grids. The tuned rate is that of the first setting.
 
+Which law the advice has was fixed before the runs of SmolLM2 and Gemma in ``gain_seeds``: the displacement law if, with
+constants of other models, its mean regret is the lower one over all models and in at least half of them; otherwise the
+power of G, which is simpler. The constant is the mean of the own constants of all models here.
+
 - ``policies.csv`` has a row for each model and law: mean, median and largest regret in nats per token, the number of
   pairs, and the constant. ``all models`` is the mean over the models.
 - ``constants.csv`` has each model's own constants, and whether the runs are ours.
