@@ -16,6 +16,10 @@ whole seeds finish first; a repeated command resumes. The rates of a setting are
 one that ``centres.csv`` has: the best rate of the pilot, carried by G^-0.75, r^0.15 and, to cosine decay and other
 numbers of steps, the published factors. ``--grid full`` has all settings of a design, ``--grid reduced`` its first, and
 ``--grid finer`` adds two rates a factor of 10^(1/4) from the middle one to the settings that are compared.
+
+``small_long`` has runs of 16,384 steps, four passes over 16,384 records, at rank 8 and G = 32. Its rates are a factor
+of 2 apart around the best ones of ``small`` after 1,024 steps, before the finer rates (``predict small_long --pilot
+results/published/small_models``), lowered so that an unchanged best rate and one that falls as T^-0.54 lie inside.
 """
 
 import argparse
@@ -23,6 +27,7 @@ import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -72,6 +77,7 @@ class Design:
       read_at: Numbers of steps at which a run at a constant rate is read. Under cosine decay each is a run of its own.
       rates: Number of rates of a setting.
       seeds: Seeds of the whole design.
+      rate_ratio: Ratio of two neighbouring rates.
     """
 
     config: str
@@ -81,6 +87,7 @@ class Design:
     read_at: tuple[int, ...]
     rates: int
     seeds: tuple[int, ...]
+    rate_ratio: float = RATE_RATIO
 
     def steps(self, schedule: str) -> int:
         """Return the number of steps of a schedule's compared settings."""
@@ -110,11 +117,15 @@ SMALL_MORE = (
     # use_rslora at alpha 32 beside alpha / r: G = 32 sqrt(r). At rank 64 that is G = 256, which is above.
     *(Setting(rank, 32.0 * math.sqrt(rank), schedule, 1024) for schedule in SCHEDULES for rank in (2, 8)),
 )
+LONG = (Setting(8, 32.0, "constant", 16384), Setting(8, 32.0, "cosine", 4096))
 GAINS = tuple(Setting(8, gain, "constant", 64) for gain in (32.0, 4.0, 256.0, 2048.0))
 DECAY = tuple(Setting(8, gain, "cosine", 256) for gain in (32.0, 256.0))
 DESIGNS = {
     "small": Design(
         "gain_grid_small.yaml", SMALL_REDUCED, SMALL_MORE, SMALL_REDUCED, (64, 256, 1024), 5, (0, 1, 2, 3, 4)
+    ),
+    "small_long": Design(
+        "gain_grid_long.yaml", LONG, (), LONG, (64, 256, 1024, 4096, 16384), 6, (0, 1, 2), rate_ratio=2.0
     ),
     "smollm2": Design("gain_grid_real.yaml", GAINS, DECAY, GAINS + DECAY, (64,), 4, (0, 1, 2)),
     "gemma": Design("gain_grid_real.yaml", GAINS, DECAY, GAINS + DECAY, (64,), 4, (0, 1, 2)),
@@ -154,7 +165,7 @@ def run_seeds(args: argparse.Namespace) -> None:
             centres.loc[(setting.rank, setting.gain, setting.schedule, setting.steps, setting.batch_size), "rate"]
         )
         steps_of_ratio = FINER if args.grid == "finer" else np.arange(design.rates) - (design.rates - 1) / 2
-        rates = [f"{middle * RATE_RATIO**k:.3g}" for k in steps_of_ratio]
+        rates = [f"{middle * design.rate_ratio**k:.3g}" for k in steps_of_ratio]
         words = ["--ranks", str(setting.rank), "--gains", repr(setting.gain), "--lrs", *rates]
         words += ["--axes", f"schedule={setting.schedule}", f"batch_size={setting.batch_size}"]
         steps = [setting.steps]
@@ -177,6 +188,41 @@ def read_pilot(folder: Path, steps: int) -> tuple[float, tuple[float, float, flo
     lowest, highest = constants["constant_low"].min(), constants["constant_high"].max()
     rate = nearest["best_rate"] * (nearest["gain"] / REFERENCE_GAIN) ** 0.75
     return float(rate), (float(constants["constant"].median()), float(lowest), float(highest))
+
+
+def best_after_shorter_runs(folder: Path, steps: int) -> pd.Series:
+    """Return the best rate at the reference setting by schedule, the geometric mean over a design's seeds."""
+    best = pd.read_csv(folder / "best.csv").query("estimator == 'three points'")
+    best = best[best["steps"] == steps]
+    at_reference = best[(best["rank"] == REFERENCE_RANK) & (best["gain"] == REFERENCE_GAIN)]
+    return np.exp(np.log(at_reference["best_rate"]).groupby(at_reference["schedule"]).mean())
+
+
+def predict_steps(args: argparse.Namespace) -> None:
+    """Write the rates of ``small_long`` and its predictions, from ``small``."""
+    design, tuned_steps = DESIGNS[args.design], DESIGNS["small"].steps("constant")
+    best = best_after_shorter_runs(args.pilot, tuned_steps)
+    rows = [vars(setting) | {"rate": best[setting.schedule] / math.sqrt(2)} for setting in design.reduced]
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "centres.csv").write_text(frames.to_csv(pd.DataFrame(rows)))
+    shortest = DESIGNS["small"].read_at[0]
+    change = best["constant"] / best_after_shorter_runs(args.pilot, shortest)["constant"]
+    own = math.log(change) / math.log(tuned_steps / shortest)
+    rows = step_predictions(design.read_at, {f"T^{own:.2f}, own to {tuned_steps:,} steps": own})
+    (args.out / "predictions.csv").write_text(frames.to_csv(pd.DataFrame(rows)))
+
+
+def step_predictions(read_at: tuple[int, ...], more: dict[str, float]) -> list[dict[str, Any]]:
+    """Return predicted ratios of best constant rates after two numbers of steps, by law."""
+    steps = CONSTANTS["steps_exponent"]
+    laws = {f"T^{steps.value:.2f}": steps.value, "T^-0.5": -0.5, "keep the rate": 0.0} | more
+    rows = []
+    for (first, second), (law, exponent) in itertools.product(itertools.pairwise(read_at), laws.items()):
+        spread = steps.spread if exponent == steps.value else 0.0
+        low, middle, high = ((second / first) ** (exponent + sign * spread) for sign in (-1, 0, 1))
+        row = {"schedule": "constant", "change": "steps", "from": f"{first} steps", "to": f"{second} steps", "law": law}
+        rows.append(row | {"prediction": middle, "low": low, "high": high})
+    return rows
 
 
 def predict(args: argparse.Namespace) -> None:
@@ -210,14 +256,7 @@ def predict(args: argparse.Namespace) -> None:
             ratio = setting.rank / REFERENCE_RANK
             add(setting.schedule, "rank", *place, "r^0.15", [ratio**exponent for exponent in (0.15, 0.1, 0.2)])
             add(setting.schedule, "rank", *place, "keep the rate", [1.0])
-    steps = CONSTANTS["steps_exponent"]
-    for first, second in itertools.pairwise(design.read_at):
-        place = f"{first} steps", f"{second} steps"
-        exponents = steps.value + np.array([0.0, -1.0, 1.0]) * steps.spread
-        ratio = second / first
-        add("constant", "steps", *place, "T^-0.54", [ratio**exponent for exponent in exponents.tolist()])
-        add("constant", "steps", *place, "T^-0.5", [ratio**-0.5])
-        add("constant", "steps", *place, "keep the rate", [1.0])
+    rows += step_predictions(design.read_at, {})
     if design.steps("constant") == design.steps("cosine"):
         factor = SCHEDULE_FACTORS["cosine"]
         values = [factor.value * math.exp(sign * factor.spread) for sign in (0, -1, 1)]
@@ -242,7 +281,8 @@ def main() -> None:
     parser.add_argument("--grid", choices=("reduced", "full", "finer"), default="reduced")
     parser.add_argument("--seeds", type=int, nargs="+", help="by default all of the design")
     args = parser.parse_args()
-    {"pilot": pilot, "predict": predict, "run": run_seeds}[args.work](args)
+    works = {"pilot": pilot, "predict": predict_steps if args.design == "small_long" else predict, "run": run_seeds}
+    works[args.work](args)
 
 
 if __name__ == "__main__":
