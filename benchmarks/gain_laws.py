@@ -19,6 +19,8 @@ of a schedule are compared after the number of steps that the design has for it.
 - ``regret.csv`` has what each policy costs in nats per token: the rate that the other seeds tuned at the reference
   setting, carried to each setting of one seed. With a single seed it is tuned on that seed, and ``tuned_on`` says so.
 - ``policies.csv`` has the mean over seeds for each setting, and over all settings of a schedule with another G.
+- ``steps_policies.csv`` has the mean regret over seeds of powers of the number of steps: the constant rate that the
+  other seeds tuned at the reference setting after fewer steps, carried to more.
 """
 
 import argparse
@@ -37,6 +39,7 @@ from gain_grid import DESIGNS, REFERENCE_GAIN, REFERENCE_RANK, Design
 from jaxtyping import Float
 from sweep_folders import DRAWS, mean_regrets
 
+from rora_theory.advice.constants import CONSTANTS
 from rora_theory.lab.sweep.curves import curves_at
 from rora_theory.lab.sweep.regret import Condition, policies
 from rora_theory.lab.sweep.runs import SweepRun, read_runs, read_tokens
@@ -51,6 +54,9 @@ from rora_theory.stats.verdicts import judge_range
 REFERENCE = REFERENCE_RANK, REFERENCE_GAIN
 """Rank and G of the setting to which all others are compared."""
 SCHEDULES: tuple[Schedule, ...] = ("constant", "cosine")
+
+STEPS_POLICIES = {"keep the rate": 0.0, "T^-0.25": -0.25, "T^-0.5": -0.5}
+"""Exponents in the number of steps whose regret is computed beside that of the advice."""
 
 Key = tuple[Schedule, int, int, float]
 """Schedule, number of steps, rank and G."""
@@ -264,24 +270,43 @@ def regret_rows(curves: Mapping[int, Mapping[Key, Curve]], constant: float, desi
         for (schedule, step, rank, gain), target in by_key.items():
             if step != design.steps(schedule) or (rank, gain) == REFERENCE:
                 continue
-            # The rate that the other seeds tuned; that of this seed if there is no other.
-            reference = (schedule, step, *REFERENCE)
-            others = [keys[reference] for other, keys in curves.items() if other != seed and reference in keys]
-            tuned_on = "other seeds" if others else "this seed"
-            tuned = others or ([by_key[reference]] if reference in by_key else [])
-            if not tuned or any(curve.edge for curve in tuned) or target.edge:
+            pooled, tuned_on = tuned_elsewhere(curves, seed, (schedule, step, *REFERENCE))
+            if pooled is None or target.edge:
                 continue
-            pooled = replace(
-                tuned[0],
-                losses=np.concatenate([curve.losses for curve in tuned]),
-                resampled=None,
-                seeds=tuple(range(len(tuned))),
-            )
             old, new = Condition(*REFERENCE, step), Condition(rank, gain, step)
             for policy, rate_of in policies({step: constant}).items():
                 cost = regret(pooled, target, partial(rate_of, old, new))
                 row: dict[str, Any] = {"seed": seed, "schedule": schedule, "to": name_of(rank, gain), "policy": policy}
                 rows.append(row | {"tuned_on": tuned_on} | cost.row())
+    return pd.DataFrame(rows)
+
+
+def tuned_elsewhere(curves: Mapping[int, Mapping[Key, Curve]], seed: int, setting: Key) -> tuple[Curve | None, str]:
+    """Return the curve of a setting over the other seeds, or of this seed if there is no other; None at an edge."""
+    others = [keys[setting] for other, keys in curves.items() if other != seed and setting in keys]
+    tuned_on = "other seeds" if others else "this seed"
+    tuned = others or ([curves[seed][setting]] if setting in curves[seed] else [])
+    if not tuned or any(curve.edge for curve in tuned):
+        return None, tuned_on
+    losses = np.concatenate([curve.losses for curve in tuned])
+    return replace(tuned[0], losses=losses, resampled=None, seeds=tuple(range(len(tuned)))), tuned_on
+
+
+def steps_regret_rows(curves: Mapping[int, Mapping[Key, Curve]], design: Design) -> pd.DataFrame:
+    """Return the regret of every power of the number of steps at the reference setting, by seed."""
+    exponents = STEPS_POLICIES | {"advice": CONSTANTS["steps_exponent"].value}
+    rows = []
+    for seed, by_key in curves.items():
+        for first, second in itertools.combinations(design.read_at, 2):
+            tuned, tuned_on = tuned_elsewhere(curves, seed, ("constant", first, *REFERENCE))
+            target = by_key.get(("constant", second, *REFERENCE))
+            if tuned is None or target is None or target.edge:
+                continue
+            for policy, exponent in exponents.items():
+                factor = (second / first) ** exponent
+                cost = regret(tuned, target, lambda rate, factor=factor: rate * factor)
+                row: dict[str, Any] = {"seed": seed, "from": f"{first} steps", "to": f"{second} steps"}
+                rows.append(row | {"policy": policy, "tuned_on": tuned_on} | cost.row())
     return pd.DataFrame(rows)
 
 
@@ -299,7 +324,6 @@ def main() -> None:
     all_best = best_rows(curves)
     at_edge = all_best[all_best["edge"].fillna("") != ""]
     edges = {(row["schedule"], name_of(row["rank"], row["gain"])) for row in at_edge.to_dict("records")}
-    constant = float(pd.read_csv(args.out / "pilot.csv").set_index("quantity").loc["displacement constant", "value"])
     mixed: list[pd.DataFrame] = []
     outcomes: list[pd.DataFrame] = []
     laws: list[pd.DataFrame] = []
@@ -309,17 +333,23 @@ def main() -> None:
         for frames_of, frame in zip((mixed, outcomes, laws), (pd.DataFrame(effects), *judged), strict=True):
             frame.insert(0, "estimator", estimator)
             frames_of.append(frame)
-    costs = regret_rows(curves, constant, design)
-    in_gain = costs[~costs["to"].str.endswith(f"G {REFERENCE_GAIN:g}")]
-    by = ["schedule", "to", "policy"]
     tables = {
         "best": all_best,
         "mixed": pd.concat(mixed),
         "outcomes": pd.concat(outcomes),
-        "laws": pd.concat(laws),
-        "regret": costs,
-        "policies": pd.concat([mean_regrets(costs, by), mean_regrets(in_gain, ["schedule", "policy"])]),
     }
+    # A design without a pilot compares numbers of steps only.
+    if (args.out / "pilot.csv").exists():
+        constant = float(
+            pd.read_csv(args.out / "pilot.csv").set_index("quantity").loc["displacement constant", "value"]
+        )
+        costs = regret_rows(curves, constant, design)
+        in_gain = costs[~costs["to"].str.endswith(f"G {REFERENCE_GAIN:g}")]
+        by = ["schedule", "to", "policy"]
+        averages = pd.concat([mean_regrets(costs, by), mean_regrets(in_gain, ["schedule", "policy"])])
+        tables |= {"laws": pd.concat(laws), "regret": costs, "policies": averages}
+    if len(design.read_at) > 1:
+        tables["steps_policies"] = mean_regrets(steps_regret_rows(curves, design), ["from", "to", "policy"])
     for name, frame in tables.items():
         (args.out / f"{name}.csv").write_text(frames.to_csv(frame))
         print(f"{name}.csv\n{frame.to_string(index=False)}\n")

@@ -2,11 +2,15 @@
 
 import importlib
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy
+
+from rora_theory.advice.constants import CONSTANTS
+from rora_theory.stats.rate_curves import Curve
 
 EFFECTS = np.array([-9.0, -7.5, -11.0])
 
@@ -92,3 +96,39 @@ def test_each_setting_of_a_design_is_run_once_and_compared_with_a_reference_of_a
         compared = [setting for setting in design.compared if setting.schedule == schedule]
         assert {setting.steps for setting in compared} == {design.steps(schedule)}
         assert grid.Setting(8, 32.0, schedule, design.steps(schedule)) in compared
+
+
+def test_predictions_over_steps_are_powers_with_the_spread_of_the_advice():
+    grid = importlib.import_module("gain_grid")
+    rows = {(row["to"], row["law"]): row for row in grid.step_predictions((64, 256, 4096), {"own": -0.25})}
+    assert rows["256 steps", "own"]["prediction"] == pytest.approx(4**-0.25, rel=1e-12)
+    assert rows["4096 steps", "own"]["prediction"] == pytest.approx(0.5, rel=1e-12)
+    assert rows["4096 steps", "keep the rate"]["prediction"] == 1
+    steps = CONSTANTS["steps_exponent"]
+    advice = rows["4096 steps", f"T^{steps.value:.2f}"]
+    bounds = [advice[name] for name in ("low", "prediction", "high")]
+    expected = [16 ** (steps.value + shift) for shift in (-steps.spread, 0, steps.spread)]
+    np.testing.assert_allclose(bounds, expected, rtol=1e-12)
+
+
+def parabola(best):
+    """Return a curve over rates with the given best one: a factor of 4 costs 2."""
+    rates = 2.0 ** np.arange(-14, -5)
+    losses = 0.5 * np.log2(rates / best)[None, :] ** 2 + 3
+    return Curve("adamw", "both", "lora", 1.0, 8, 4.0, rates, losses, seeds=(0,))
+
+
+def test_a_power_of_the_steps_is_judged_at_the_rate_that_the_other_seeds_tuned():
+    laws = importlib.import_module("gain_laws")
+    design = replace(importlib.import_module("gain_grid").DESIGNS["small"], read_at=(64, 256))
+    # The best rate falls as T^-0.5. The second seed's own best rate after 64 steps would mislead it.
+    seeds = {
+        seed: {("constant", 64, 8, 32.0): parabola(2.0**-9 * shift), ("constant", 256, 8, 32.0): parabola(2.0**-10)}
+        for seed, shift in ((0, 1.0), (1, 4.0), (2, 1.0))
+    }
+    rows = laws.steps_regret_rows(seeds, design).set_index(["seed", "policy"])
+    assert set(rows["tuned_on"]) == {"other seeds"}
+    assert rows.loc[(1, "T^-0.5"), "regret"] == pytest.approx(0, abs=1e-9)
+    assert rows.loc[(1, "keep the rate"), "regret"] == pytest.approx(0.5, abs=1e-9)
+    # Seed 0 is judged at the mean of the others, one of which is 4 times too high: a factor of 2.
+    assert rows.loc[(0, "T^-0.5"), "regret"] == pytest.approx(0.5, abs=1e-9)
