@@ -44,8 +44,7 @@ def draw_exponent_map(config: ExponentMapOptions) -> Sequence[Path]:
         crossing = np.array(
             [laws.random_input_crossing_rank(config.p_in, rho, optimizer=optimizer) for rho in overlaps]
         )
-        shift = 0.0 if optimizer == "sgd" else 2.0
-        slope = laws.local_exponent(ranks[None], crossing[:, None] - shift)
+        slope = laws.local_exponent(ranks[None], laws.linear_term(crossing[:, None], optimizer=optimizer))
         mesh = axis.pcolormesh(
             ranks, overlaps, slope, cmap="cividis", vmin=1, vmax=2, shading="gouraud", rasterized=True
         )
@@ -54,10 +53,11 @@ def draw_exponent_map(config: ExponentMapOptions) -> Sequence[Path]:
         ends = laws.flat_kappa(np.array([1.0, 2.0]), optimizer=optimizer)
         levels = np.linspace(ends[0], ends[1], 6)[1:-1]
         axis.contour(ranks, overlaps, kappa, levels=levels, colors="white", linewidths=0.6)
-        # The slope is s at r = c (s - 1) / (2 - s), c the shifted crossing rank. Alternate the heights of labels.
+        # The slope is s at r = c (s - 1) / (2 - s) with the linear term c. Alternate the heights of labels.
         for number, (level, s) in enumerate(zip(levels, levels * 2 * scaling_power(optimizer), strict=True)):
             overlap = LABELS_AT[number % 2]
-            c = float(laws.random_input_crossing_rank(config.p_in, overlap, optimizer=optimizer)) - shift
+            crossing_rank = laws.random_input_crossing_rank(config.p_in, overlap, optimizer=optimizer)
+            c = float(laws.linear_term(crossing_rank, optimizer=optimizer))
             axis.text(
                 c * (s - 1) / (2 - s),
                 overlap,

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+from rora_theory import laws
 from rora_theory.advice.constants import CONSTANTS
 from rora_theory.advice.setting import Setting, rank_growth
 from rora_theory.advice.transfer import transfer
@@ -54,8 +55,8 @@ def first_step(crossing_rank: float = CROSSING_RANK) -> RateFactor:
     Args:
       crossing_rank: Rank at which signal and cross-talk are equal.
     """
-    # The linear term of Gaussian and uniform A under Adam.
-    linear_term = crossing_rank - 2
+    # The linear term of Gaussian and uniform A.
+    linear_term = float(laws.linear_term(crossing_rank, optimizer="adam"))
 
     def factor(old_rank: int, old_gain: float, rank: int, gain: float) -> float:
         scaling_ratio = (gain / rank) / (old_gain / old_rank)

@@ -257,10 +257,10 @@ def crossing_rank(
 
 
 def random_input_crossing_rank(p_in: float, overlap: float, *, optimizer: Optimizer = "sgd") -> float:
-    r"""Compute the rank r* at which the terms in r and r^2 of `random_input_moments` are equal, for Gaussian A.
+    r"""Compute the rank r* at which signal and cross-talk are equal in `random_input_moments`, for Gaussian A.
 
-    SGD: :math:`r^* = E[(x\cdot x')^2 + |x|^2|x'|^2] / E(x\cdot x')^2`; Adam:
-    :math:`r^* = 1 + (\pi/2)\, p / (\rho^2 p + 1 - \rho^2)`.
+    It is that of `crossing_rank`, with expectations over inputs in place of tokens. SGD:
+    :math:`r^* = E|x|^2|x'|^2 / E(x\cdot x')^2`; Adam: :math:`r^* = 1 + (\pi/2)\, p / (\rho^2 p + 1 - \rho^2)`.
 
     Args:
       p_in: Number of inputs p, 1 or more.
@@ -280,26 +280,41 @@ def random_input_crossing_rank(p_in: float, overlap: float, *, optimizer: Optimi
         return 1 + math.pi / 2 * p_in / (rho2 * p_in + 1 - rho2)
     inner2 = rho2 * (p_in + 2) + (1 - rho2)
     norms2 = rho2 * (p_in + 2) + (1 - rho2) * p_in
-    return (inner2 + norms2) / inner2
+    return norms2 / inner2
+
+
+def linear_term(crossing: Float[np.ndarray, "..."] | float, *, optimizer: Optimizer) -> Float[np.ndarray, "..."]:
+    r"""Compute the linear term c from the crossing rank r*, for Gaussian A.
+
+    E[w^2] at one gamma is proportional to :math:`r^2 + c\, r`. SGD has terms in :math:`r^2 + r` and r, so that
+    :math:`c = r^* + 1`; Adam has terms in :math:`r (r - 1)` and :math:`r (r^* - 1)`, so that :math:`c = r^* - 2`.
+
+    Args:
+      crossing: Crossing rank, from `crossing_rank` or `random_input_crossing_rank`.
+      optimizer: Optimizer of the step.
+
+    Returns:
+      The linear term at each crossing rank.
+    """
+    return np.asarray(np.asarray(crossing, np.float64) + (1 if optimizer == "sgd" else -2))
 
 
 def local_exponent(
-    rank: Float[np.ndarray, "..."] | float, crossing: Float[np.ndarray, "..."] | float
+    rank: Float[np.ndarray, "..."] | float, linear_term: Float[np.ndarray, "..."] | float
 ) -> Float[np.ndarray, "..."]:
-    r"""Compute the slope d log E[w^2] / d log r of :math:`r^2 + r\, r^*` at gamma = 1.
+    r"""Compute the slope d log E[w^2] / d log r of :math:`r^2 + c\, r` at gamma = 1.
 
-    The slope is 1 far below the crossing rank and 2 far above it. Adam has terms in r(r-1) and r; pass
-    ``crossing = r* - 2``, because :math:`r(r-1) + r(r^*-1) = r^2 + r(r^*-2)`.
+    The slope is 1 far below the crossing rank and 2 far above it.
 
     Args:
       rank: Rank r of the adapter.
-      crossing: Crossing rank r* for SGD, r* - 2 for Adam.
+      linear_term: Linear term c, see `linear_term`.
 
     Returns:
       The slope at each rank.
     """
-    rank, crossing = np.asarray(rank, np.float64), np.asarray(crossing, np.float64)
-    return np.asarray((2 * rank + crossing) / (rank + crossing))
+    rank, c = np.asarray(rank, np.float64), np.asarray(linear_term, np.float64)
+    return np.asarray((2 * rank + c) / (rank + c))
 
 
 def equal_change_rank_exponent(
@@ -313,7 +328,7 @@ def equal_change_rank_exponent(
     Args:
       first: First rank.
       second: Second rank, different from the first.
-      linear_term: Coefficient c, measured for a module, or r* - 2 for Gaussian A.
+      linear_term: Linear term c, measured for a module, or from `linear_term` for Gaussian A.
 
     Returns:
       The mean exponent between the two ranks.

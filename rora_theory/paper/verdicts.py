@@ -493,11 +493,14 @@ def _judge_growth(draws: Draws, equation: str, claim: str, rule: Rule, printed: 
         norms = [norm.times(square) for norm, square in zip(unit_norms, gamma_squares, strict=True)]
         return log_log_fit(list(cells), [norm.value for norm in norms], [norm.error for norm in norms])
 
-    # Ranks far above the crossing rank: those of the sweep, or two others if it has fewer than two.
-    crossing, apart = (laws.random_input_crossing_rank(draws.p_in, overlap) for overlap in (0.5, 0.0))
-    beyond = {rank: moments for rank, moments in draws.overlapping.items() if rank >= 10 * crossing}
+    # Ranks far above the linear term c: those of the sweep, or two others if it has fewer than two.
+    overlapping_term, independent_term = (
+        float(laws.linear_term(laws.random_input_crossing_rank(draws.p_in, overlap), optimizer="sgd"))
+        for overlap in (0.5, 0.0)
+    )
+    beyond = {rank: moments for rank, moments in draws.overlapping.items() if rank >= 10 * overlapping_term}
     if len(beyond) < 2:
-        beyond = {rank: draws.moments(rank, 0.5) for rank in (math.ceil(16 * crossing), math.ceil(64 * crossing))}
+        beyond = {rank: draws.moments(rank, 0.5) for rank in (math.ceil(far * overlapping_term) for far in (16, 64))}
     # Claimed slope against the fitted slopes; the limit decides.
     ranks = (draws.low, draws.high)
     claimed = log_log_fit(ranks, [printed(rank) for rank in ranks], [0.0, 0.0]).slope
@@ -516,7 +519,8 @@ def _judge_growth(draws: Draws, equation: str, claim: str, rule: Rule, printed: 
         equation,
         claim,
         decide(outcomes[-1:], outcomes[:-1]),
-        f"r >> r* (r* = {crossing:.1f} at overlap 0.5); at overlap 0 r* = p_in + 1 = {apart:.0f}",
+        f"r >> linear term c (c = {overlapping_term:.1f} at overlap 0.5); "
+        f"at overlap 0 c = p_in + 1 = {independent_term:.0f}",
         f"slope of |w| over ranks {draws.low}-{draws.high}: {independent} at overlap 0, {overlapping} at 0.5, "
         f"{in_limit} at 0.5 from r = {min(beyond)}",
     )

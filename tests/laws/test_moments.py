@@ -28,7 +28,9 @@ vectors = st.lists(st.integers(-3, 3), min_size=3, max_size=3)
 
 def linear_term(p_in: int, overlap: float, optimizer: Optimizer) -> float:
     """Return c of E[w^2], which is proportional to r^2 + c r at gamma = 1."""
-    return laws.random_input_crossing_rank(p_in, overlap, optimizer=optimizer) - 2 * (optimizer == "adam")
+    return float(
+        laws.linear_term(laws.random_input_crossing_rank(p_in, overlap, optimizer=optimizer), optimizer=optimizer)
+    )
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -109,17 +109,17 @@ def test_symmetries_and_powers_of_the_law(layer: dict) -> None:
 def test_eq9_holds_exactly_where_the_signal_dominates(
     rank: int, p_in: int, overlap: float, alpha: float, rule: str | float
 ) -> None:
-    """r^2 gamma^4 is the growth iff r >> r*: on doubling r at gamma = 1 the growth is 4 (r + r*/2) / (r + r*).
+    """r^2 gamma^4 is the growth iff r >> c: on doubling r at gamma = 1 the growth is 4 (r + c/2) / (r + c).
 
     Eq. 9 itself, value included, holds to 5% at overlap 0 iff (p_in + 1) / r < 5%.
     """
     sizes = {"p_in": p_in, "overlap": overlap}
-    star = laws.random_input_crossing_rank(p_in, overlap)
+    c = float(laws.linear_term(laws.random_input_crossing_rank(p_in, overlap), optimizer="sgd"))
     single, doubled = (
         laws.random_input_moments(rank=r, scaling=1.0, **sizes).second_moment[0] for r in (rank, 2 * rank)
     )
-    assert doubled / single == pytest.approx(4 * (rank + star / 2) / (rank + star), rel=1e-9)
-    rest, far = star / 2 / (rank + star), (p_in + 1) / rank
+    assert doubled / single == pytest.approx(4 * (rank + c / 2) / (rank + c), rel=1e-9)
+    rest, far = c / 2 / (rank + c), (p_in + 1) / rank
     assume(min(abs(rest - 0.05), abs(far - 0.05)) > 1e-9)  # at the bound itself rounding decides
     follows = abs(doubled / single / 4 - 1) < 0.05
     assert follows == (rest < 0.05)

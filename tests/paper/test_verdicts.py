@@ -90,7 +90,7 @@ def test_the_evidence_is_in_closed_form() -> None:
     sgd, adam = (-0.3 * step @ (A @ x_next) for step in (0.7 * np.outer(delta, inner), np.sign(np.outer(delta, inner))))
     off = float(np.abs(sgd - adam).max() / np.abs(adam).max())
     assert by_equation["4"].evidence.endswith(f"; under Adam off by {off:.1f}x")
-    assert "(r* = 4.7 at overlap 0.5); at overlap 0 r* = p_in + 1 = 65" in by_equation["13"].where
+    assert "(c = 4.7 at overlap 0.5); at overlap 0 c = p_in + 1 = 65" in by_equation["13"].where
     assert float(by_equation["5"].evidence.removeprefix("differs by ")) < 1e-12, "whatever the number of draws"
     sweep = judged(exact, (2, 4, 64, 128), 64)["13"]  # two ranks far above r*, which are enough
     assert sweep.evidence.endswith(" at 0.5 from r = 64")
@@ -274,7 +274,7 @@ def test_growth_with_the_rank(slopes: tuple[float, float, float], status: str) -
 )
 def test_growth_is_judged_at_the_threshold_of_all_cells(width: float, gap: float, status: str) -> None:
     """For three ranks with two cells each, the limit's slope may be off by the threshold, at most a tenth."""
-    low, high = (math.ceil(far * laws.random_input_crossing_rank(1600, 0.5)) for far in (16, 64))
+    low, high = (math.ceil(far * (laws.random_input_crossing_rank(1600, 0.5) + 1)) for far in (16, 64))
     error = width / threshold(verdicts.FALSE_ALARM, 6)  # of a slope between two points
     spread = error * math.log(high / low) / math.sqrt(2) * 2 * math.sqrt(99)  # of the square, a hundred draws
 
