@@ -56,9 +56,6 @@ class EvidenceOptions:
 
 def report_evidence(config: EvidenceOptions) -> None:
     """Compute the tables, write them to the run folder, and print them with the answer."""
-    from rora_theory.evidence import plots
-    from rora_theory.plots import save
-
     if config.add is not None:
         report_own(config.add, config.out)
         return
@@ -92,12 +89,6 @@ def report_evidence(config: EvidenceOptions) -> None:
         print_starting_rates(starting, absolute)
         print_histories(spreads, computed["speeds"])
         answers.print_answer(answer(by_policy))
-    for name, figure in (
-        ("best_rate_vs_rank", plots.plot_best_rates(best, starting_rates.model_table())),
-        ("regret_by_model", plots.plot_regrets(costs)),
-        ("loss_by_phase", plots.plot_histories(computed["loss_differences"], computed["speeds"])),
-    ):
-        save(figure, folder.path, name)
     folder.finish()
     answers.print_files(folder.path)
 

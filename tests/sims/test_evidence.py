@@ -41,9 +41,6 @@ def test_the_public_sweeps_need_no_network(tmp_path: Path, monkeypatch: pytest.M
     }
     for key in (("tinker", "keep the rate"), ("tinker", "transfer, left out"), ("qwen2.5-7b", "rora transfer")):
         assert f"{policies[key]:.4f}" in end
-    names = {path.name for path in (tmp_path / "run").iterdir()}
-    figures = ("best_rate_vs_rank", "regret_by_model", "loss_by_phase")
-    assert {f"{figure}.{kind}" for figure in figures for kind in ("png", "svg")} <= names
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["answer"].startswith("In public runs")
 
