@@ -120,7 +120,6 @@ class ChatTemplate:
 
         Args:
           messages: Turns with ``role``, ``content`` and whatever else the template reads.
-          tools: Descriptions of tools.
           add_generation_prompt: Whether to append the beginning of an assistant turn.
 
         Raises:
@@ -145,7 +144,6 @@ class ChatTemplate:
         Args:
           messages: Turns with ``role``, ``content`` and whatever else the template reads. An assistant turn with a
             ``weight`` of 0 is not in the loss.
-          tools: Descriptions of tools.
           answer_only: Whether only the assistant's turns are in the loss, instead of the whole text.
 
         Returns:
@@ -207,9 +205,6 @@ class ChatTemplate:
         """Locate one turn in a chat's text.
 
         Args:
-          text: Rendered chat.
-          messages: Turns of the chat.
-          tools: Descriptions of tools.
           index: Index of the turn's message.
           min_begin: Index into the text before which the turn cannot begin.
         """

@@ -128,7 +128,6 @@ def plot_regime(crossings: "pandas.DataFrame", title: str = "") -> "matplotlib.f
     Args:
       crossings: Rows of one split and one initialisation with the columns layer, module, optimizer, crossing_rank,
         lower_quartile and upper_quartile.
-      title: Title of the legend.
 
     Returns:
       The figure.
@@ -212,12 +211,8 @@ def draw_sizes(
     """Draw sizes against the rank: the mean over seeds with its standard error.
 
     Args:
-      axis: Axes to draw on.
       rows: Frame with the columns rank and value. A rank with a non-finite value has no mean.
-      colour: Colour of the line.
-      marker: Marker of the line.
       is_first: Whether it is the first step, which is solid; a later step is dotted with open markers.
-      label: Label in the legend.
     """
     values = rows.groupby("rank")["value"]
     axis.errorbar(
@@ -244,12 +239,8 @@ def draw_slopes(
     """Draw slopes in the rank against the step, with half their 95% interval.
 
     Args:
-      axis: Axes to draw on.
       rows: Frame with the columns step, slope and half_width; rows without a slope are left out.
-      colour: Colour of the line.
-      marker: Marker of the line.
       is_open: Whether the line is dashed and has open markers.
-      label: Label in the legend.
     """
     rows = rows[rows["slope"].notna()] if "slope" in rows else rows.iloc[:0].assign(slope=[], half_width=[])
     axis.errorbar(
@@ -270,10 +261,8 @@ def draw_crossings(
     """Draw the crossing rank over the layers, with a band between the quartiles over tokens.
 
     Args:
-      axis: Axes to draw on.
       rows: Frame with the columns layer, crossing_rank, lower_quartile and upper_quartile.
       colour: Colour of line and band.
-      marker: Marker of the line.
       label: Optimizer, by name or in words.
     """
     rows = rows.sort_values("layer").astype(dict.fromkeys(("crossing_rank", *QUARTILES), float))
@@ -299,12 +288,8 @@ def draw_losses(
     """Draw losses against the learning rate: the mean over seeds, with its standard error where there are several.
 
     Args:
-      axis: Axes to draw on.
       losses: Loss by learning rate: a number, or one number for each seed. Where one is not finite, a cross at the
         upper edge marks the learning rate.
-      colour: Colour of the line.
-      marker: Marker of the line.
-      label: Label in the legend.
     """
     by_rate = {rate: np.atleast_1d(np.asarray(losses[rate], np.float64)) for rate in sorted(losses)}
     # Mean and error only where no seed diverged.
@@ -391,7 +376,6 @@ def legend(figure: "matplotlib.figure.Figure", handles: dict[str, Any], title: s
     Args:
       figure: Figure with a constrained layout.
       handles: Handles by label.
-      title: Title of the legend.
     """
     width = figure.bbox.width - 20  # the legend's own border
     lines = [""]

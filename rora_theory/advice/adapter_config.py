@@ -214,9 +214,6 @@ OFF: tuple[Any, ...] = (None, False, "none", [], {})
 def read_config_entries(path: Path) -> dict[str, Any]:
     """Read the entries of a configuration file.
 
-    Args:
-      path: Path of the file.
-
     Raises:
       InputError: If the file is missing or damaged, or has no ``peft_type``.
     """

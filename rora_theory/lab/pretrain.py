@@ -126,7 +126,6 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> Tokenizer:
     """Train a byte-level BPE tokenizer, which encodes any text.
 
     Args:
-      texts: Texts to train on.
       vocabulary: Largest number of tokens, at least `SMALLEST_VOCABULARY`. A short text may have fewer pairs to merge.
     """
     from tokenizers import Tokenizer as Backend
@@ -199,10 +198,6 @@ def start_pretraining(
     """Construct the trainer of a model with random weights of the settings' seed.
 
     Args:
-      data: Batches of `prepare_windows`.
-      tokenizer: Tokenizer of the model.
-      shape: Sizes of the model.
-      settings: Settings of the run.
       checkpoints: Folder of the checkpoints, from the latest of which the run resumes; None writes none.
 
     Returns:

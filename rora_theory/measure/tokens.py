@@ -89,7 +89,6 @@ def choose_tokens(
       seen: Mask of the tokens seen in training, see `mark_repeats`; sinks are then left out too. None leaves out
         neither.
       count: Maximum number of tokens.
-      seed: Seed of the sample.
       name: Name of the module for the error message.
 
     Returns:

@@ -103,11 +103,9 @@ class FirstStepChecker:
     """Model and batches on which the first steps of all candidates are taken.
 
     Args:
-      model: Base model.
       batch: Batch of the step.
       held_out: Batch at which the change is measured.
       target_modules: Target modules in PEFT's format.
-      seed: Seed of all draws.
     """
 
     def __init__(
@@ -120,7 +118,6 @@ class FirstStepChecker:
         """Take one first step and return the sizes of its changes as rows of a table.
 
         Args:
-          advice: Advice to check.
           step: Candidate and seed of A.
 
         Returns:
@@ -171,7 +168,6 @@ def summarise_ratios(table: pd.DataFrame, advice: Advice) -> pd.DataFrame:
 
     Args:
       table: Rows of `FirstStepChecker.rows`, with two seeds or more.
-      advice: Advice to check.
 
     Returns:
       A frame with the columns `SUMMARY_COLUMNS`, with a row for each candidate and quantity.
@@ -262,12 +258,10 @@ def check_transfer(
 
     Args:
       model: Base model, which is left as it was.
-      advice: Advice to check.
       batch: Batch of the step, with labels.
       held_out: Batch at which the change is measured.
       target_modules: Target modules in PEFT's format.
       seeds: Two or more seeds of A, which all candidates share.
-      seed: Seed of all draws.
 
     Returns:
       The sizes of the changes and their ratios to the tuned setting.

@@ -129,9 +129,6 @@ def read_tuned(config: TransferConfig) -> tuple[Setting, str | list[str] | None,
     Each value comes from the options, the file or `DEFAULT`, in this order. Remarks about the file are logged as
     warnings.
 
-    Args:
-      config: Options of the request.
-
     Returns:
       The tuned setting, its targets, and the content of the file.
 
@@ -165,9 +162,6 @@ def read_tuned(config: TransferConfig) -> tuple[Setting, str | list[str] | None,
 
 def advise(config: TransferConfig) -> Advised:
     """Compute the advice that a configuration requests.
-
-    Args:
-      config: Options of the request.
 
     Returns:
       The advice, the arguments of `Advice.peft_config`, and the limits of a measured regime.

@@ -262,7 +262,6 @@ def find_differences_within_noise(
     one run per row.
 
     Args:
-      rows: Printed rows.
       method: Method to compare with the best other one.
       z: Threshold in standard errors of a difference.
 
@@ -326,7 +325,6 @@ def find_wrong_parameter_shares(
     two decimals, as the figures of all rows of LoRA are at rank 32.
 
     Args:
-      rows: Printed rows.
       stated: Stated rank by model and method.
       method: Method to check.
 

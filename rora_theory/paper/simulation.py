@@ -172,9 +172,6 @@ class SimulationCell:
 def simulation_cells(config: SimulationConfig) -> list[SimulationCell]:
     """Return the streams of the grid in the order of the table, then those of the direct check.
 
-    Args:
-      config: Settings of the simulation.
-
     Returns:
       The cells to draw.
     """
@@ -208,7 +205,6 @@ def draw_cell(
     """Draw a cell.
 
     Args:
-      config: Settings of the simulation.
       cell: Cell to draw.
       devices: Devices that share the draws; the results do not depend on them, see `sampling.stream`.
 
@@ -231,7 +227,6 @@ def simulation_rows(
     """Return a cell's estimates next to the exact law and the paper's formulas.
 
     Args:
-      config: Settings of the simulation.
       cell: Drawn cell.
       moments: Moments from `draw_cell`.
 

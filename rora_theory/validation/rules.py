@@ -32,7 +32,6 @@ def check_rules(rules: Sequence[Rule], *, gamma: float | None = None, reference_
     """Check that there is a rule, that all have different exponents, and that each has an alpha.
 
     Args:
-      rules: Rules to check.
       gamma: Scaling that every rule has at ``reference_rank``, see `alpha_at`; None checks no alpha.
       reference_rank: Rank of that scaling.
 
@@ -117,8 +116,6 @@ def check_list(
     """Check the number of values, that all are different, and each value.
 
     Args:
-      name: Name of the argument, for the error.
-      values: Values to check.
       check: Function of the name and one value that raises `InputError`, such as `scaling.check_positive`. It may be
         a partial call, such as that of `scaling.check_choice` with the supported values.
       fewest: Minimum number of values.

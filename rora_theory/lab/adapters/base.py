@@ -67,9 +67,6 @@ class TrainableAdapter(NoAdapter):
         A plain model with the merged weights computes the same as the base model with the adapter, without dropout. The
         merge is computed in float32 and rounded once to the weights' dtype. Quantised weights become dense.
 
-        Args:
-          params: Weights of the base model.
-
         Returns:
           The merged weights.
 
@@ -109,7 +106,6 @@ class AdapterConfig(Protocol):
 
         Args:
           key: Random key of the initial values.
-          llama_config: Configuration of the base model.
           params: Weights of the base model, from which DoRA's magnitudes and full fine-tuning start.
 
         Returns:
@@ -130,7 +126,6 @@ def share(adapter: TrainableAdapter, params: Params) -> float:
 
     Args:
       adapter: Adapter whose parameters are trained.
-      params: Weights of the base model.
     """
     trainable_count = adapter.count()
     base_count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params, is_leaf=is_quantised))
@@ -141,7 +136,6 @@ def with_weights(params: Params, weights: Mapping[str, Array]) -> Params:
     """Return dense model parameters with the weights of some modules replaced.
 
     Args:
-      params: Weights of the model.
       weights: New weights, ``{module: [layers, out, in]}``.
     """
     layers = {**params["layers"]}

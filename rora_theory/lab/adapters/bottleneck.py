@@ -129,8 +129,6 @@ class BottleneckAdapter(TrainableAdapter):
     Attributes:
       params: ``{module: {"adapter_down": [layers, width, n], "adapter_up": [layers, m, width]}}`` in float32. In
         series, n = m is p_in before a module and p_out after it; in parallel, n is p_in and m is p_out.
-      config: Configuration of the adapter.
-      llama_config: Configuration of the model.
     """
 
     params: dict[str, dict[str, Any]]

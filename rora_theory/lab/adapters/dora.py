@@ -36,7 +36,6 @@ def apply(
     two, in the forward and in the backward pass, because :math:`x_d` differs from x in random elements of every row.
 
     Args:
-      x: Inputs of the module.
       dropped: Inputs after dropout, :math:`x_d`; without dropout, the same object as ``x``.
       weight: Frozen weight W.
       bias: Frozen bias, or None.

@@ -72,8 +72,6 @@ class FullAdapter(TrainableAdapter):
 
     Attributes:
       params: ``{module: {"weight": [layers, p_out, p_in]}}`` in float32.
-      config: Configuration of full fine-tuning.
-      llama_config: Configuration of the model.
     """
 
     params: dict[str, dict[str, Any]]

@@ -75,7 +75,6 @@ class PrefixAdapter(TrainableAdapter):
     Attributes:
       params: ``{"key", "value": [layers, virtual tokens, kv heads, head_dim]}`` in float32; the keys are not rotated,
         as in PEFT's files.
-      config: Configuration of the prefix.
       llama_config: Configuration of the model, which determines the rotations.
     """
 

@@ -53,7 +53,6 @@ def resolve(
     r"""Resolve a configuration to the ranks and alphas of every module and layer.
 
     Args:
-      llama_config: Configuration of the model.
       rank: Rank of modules that no pattern matches.
       alpha: Alpha of modules that no pattern matches.
       target_modules: Names that a module's full name equals or ends with after a dot, or one regular expression that
@@ -113,7 +112,6 @@ def matched(
     """Return the full names of the modules that the settings select.
 
     Args:
-      llama_config: Configuration of the model.
       target_modules: Names, a regular expression or ``"all-linear"``, see `resolve`.
       layers: Indices of the layers to adapt; None selects all.
       exclude_modules: Names or a regular expression of modules to exclude.
@@ -161,7 +159,6 @@ def in_all_layers(llama_config: LlamaConfig, target_modules: Sequence[str], what
     """Return the selected modules in the order of `MODULES`, each of which must be selected in all layers.
 
     Args:
-      llama_config: Configuration of the model.
       target_modules: Names of modules, see `resolve`.
       what: Name of the method in error messages.
 

@@ -38,7 +38,6 @@ class WholeModel(TrainableAdapter):
 
     Attributes:
       params: Weights in the tree of `rora_theory.lab.llama.model`, in float32.
-      config: Configuration.
     """
 
     params: Params

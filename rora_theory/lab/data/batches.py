@@ -154,8 +154,6 @@ def tokenize(
     except turns of weight 0.
 
     Args:
-      records: Records to encode.
-      tokenizer: Tokenizer of the model.
       cutoff: Maximum number of tokens of a record.
       template: Name of the template (see `texts.render_record`); None selects the default of the kind of record.
       answer_only: Whether only the answer is in the loss.
@@ -287,7 +285,6 @@ def plan_epoch(
     Args:
       input_lengths: Number of inputs of each record.
       widths: Padded lengths in ascending order, of which the last holds every record.
-      batch_size: Number of records per batch.
       seed: Seed that determines the order together with ``epoch``; None keeps the order of the records (validation).
       epoch: Index of the epoch, from 0.
     """
@@ -318,9 +315,7 @@ class Batches:
     """Sequence of all batches of a run, indexed by step from 0.
 
     Args:
-      examples: Tokenized records.
       widths: Padded lengths, see `choose_widths`.
-      batch_size: Number of records per batch.
       epochs: Number of passes over the records.
       steps: Number of batches, in place of ``epochs``; None is that of the epochs.
       seed: Seed of the order; None keeps the order of the records.

@@ -62,7 +62,6 @@ def prompt(instruction: str, template: str = "eval", *, input: str = "") -> str:
     r"""Return the text up to the beginning of the response.
 
     Args:
-      instruction: Instruction of the record.
       template: ``"train"``, ``"eval"`` or ``"clean"``, see the module's table.
       input: Input of the record, which is empty in all eight tasks.
 
@@ -92,7 +91,6 @@ def training_text(
     """Return prompt and response as the published code tokenizes them, without the end-of-sequence token.
 
     Args:
-      instruction: Instruction of the record.
       output: Response of the record.
       template: Template of the prompt, see `prompt`.
       input: Input of the record.

@@ -38,8 +38,6 @@ def render_records(
     """Render many records, see `render_record`.
 
     Args:
-      records: Records to render.
-      template: Name of the template.
       chat: Chat template, if ``template`` is ``chat``.
       answer_only: Whether only the answer is in the loss, see `render_record`.
 
@@ -69,7 +67,6 @@ def render_record(
     r"""Render a record and locate the parts of its text that are in the loss.
 
     Args:
-      record: Record to render.
       template: ``train``, ``eval`` or ``clean`` (see `prompts`); ``chat``, the turns of a chat; or ``plain``, the
         prompt followed immediately by the response, or a text unchanged. In ``plain``, an input stands below its
         instruction, separated by an empty line.

@@ -57,11 +57,9 @@ def sample_windows(
 
     Args:
       texts: Documents, which are joined by the end-of-sequence token.
-      tokenizer: Tokenizer of the model.
       seq: Number of tokens in a window.
       windows: Number of windows; None takes all that are not held out.
       held_out: Number of held-out windows.
-      seed: Seed of the sample.
 
     Raises:
       InputError: The documents have too few tokens.

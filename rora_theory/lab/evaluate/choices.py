@@ -89,7 +89,6 @@ def label_choices(record: TaskRecord, template: str) -> tuple[Choice, ...]:
     """Return the label strings of an item as continuations of the prompt and ``the correct answer is``.
 
     Args:
-      record: Item to score.
       template: Name of the prompt template, see `prompt`.
     """
     context = prompt(record.instruction, template) + ANSWER_PREFIX

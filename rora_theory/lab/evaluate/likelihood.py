@@ -43,10 +43,7 @@ def log_likelihoods(
     ``items``.
 
     Args:
-      params: Weights of the model.
-      config: Configuration of the model.
       items: Choices of each item, from `choices.encode_choices`.
-      adapter: Adapter applied to the model, or None.
       batch_size: Number of blocks in flight before waiting for results, at least 1; it hardly affects memory.
       done: Items that need no results. They are not yielded, and blocks with no other items are not computed.
       shape: Slots of a block and of a vocabulary chunk; None chooses by device.

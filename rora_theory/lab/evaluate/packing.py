@@ -139,7 +139,6 @@ def plan_blocks(trie: Trie, *, block_tokens: int, chunk: int, start: int = 0) ->
     number of rows per block is chosen between half the maximum and the maximum, to leave few slots empty.
 
     Args:
-      trie: Trie of the items, see `build_trie`.
       block_tokens: Maximum number of slots per block, a power of two. An item of more slots gets a block of its own,
         with its size rounded up to a multiple of ``block_tokens``.
       chunk: Number of slots that are projected to the vocabulary together, a divisor of ``block_tokens``.

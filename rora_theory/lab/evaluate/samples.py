@@ -20,7 +20,6 @@ class Samples:
     """Samples of a run, those before an interruption included.
 
     Args:
-      path: Path of the file.
       records: Records that the run scores.
       protocol: Name of the protocol.
 
@@ -72,10 +71,6 @@ class Samples:
         Each sample is written to the file before it is yielded.
 
         Args:
-          model: Model to evaluate.
-          tasks: Records by task.
-          scoring: Protocol and its settings.
-          adapter: Adapter applied to the model, or None.
           batch_size: See `rora_theory.lab.evaluate.score`.
         """
         done = {(sample.task, sample.index) for sample in self.scored}

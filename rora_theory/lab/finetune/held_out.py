@@ -52,8 +52,6 @@ def record_losses(
     """Compute the loss of every record, in the order of ``examples``.
 
     Args:
-      params: Weights of the model.
-      llama_config: Configuration of the model.
       examples: Examples from `tokenize` with ``answer_only``, which marks the answers.
       adapter: Adapter applied to the model, without dropout. A mergeable adapter is faster if merged beforehand.
       batch_size: Number of records processed together; it affects rounding only.

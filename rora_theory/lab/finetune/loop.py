@@ -20,6 +20,7 @@ from rora_theory.lab.finetune.memory import StepMemory
 from rora_theory.lab.finetune.sharding import Layout
 from rora_theory.lab.finetune.training_data import TrainingData
 from rora_theory.lab.llama import LlamaConfig, Model
+from rora_theory.lab.llama.attention import Route
 from rora_theory.runs import digests
 
 
@@ -136,7 +137,7 @@ class Trainer:
         validation: Batches | None,
         checkpoints: Path | None,
         *,
-        attention: str = "auto",
+        attention: Route = "auto",
         layout: Layout | None = None,
         shared: steps.SharedSteps | None = None,
         pauses: Collection[int] = (),

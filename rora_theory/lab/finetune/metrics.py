@@ -22,10 +22,6 @@ class Metrics:
 
     Events after the step at which the run resumes are removed when the file is opened.
 
-    Args:
-      path: Path of the file.
-      trainer: Trainer that produces the events.
-
     Raises:
       InputError: If the file is damaged, or lacks events before the checkpoint.
     """

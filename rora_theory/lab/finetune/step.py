@@ -16,6 +16,7 @@ from rora_theory.lab.data.batches import Batch
 from rora_theory.lab.finetune.config import FinetuneConfig
 from rora_theory.lab.finetune.loss import LOGITS_BYTES, cross_entropy, cross_entropy_of_trained_head
 from rora_theory.lab.llama import LlamaConfig
+from rora_theory.lab.llama.attention import Route
 from rora_theory.optimizers import schedule_factor
 
 Params = Any
@@ -60,7 +61,6 @@ def schedule(config: FinetuneConfig, steps: int, peak: float | Array | None = No
     The first update's rate is 0 with a warm-up, as in the published runs.
 
     Args:
-      config: Fine-tuning configuration.
       steps: Number of optimizer steps of the whole run.
       peak: Learning rate at the end of the warm-up; None reads it from ``config``. It may be traced, so that it can be
         an argument of a compiled step.
@@ -75,7 +75,6 @@ def finetune_optimizer(
     """Return the optimizer: clipping by the global norm, then AdamW with decoupled weight decay on `schedule`.
 
     Args:
-      config: Fine-tuning configuration.
       steps: Number of optimizer steps of the whole run.
       peak: Learning rate at the end of the warm-up; None reads it from ``config``.
     """
@@ -108,7 +107,7 @@ def train_step(
     config: FinetuneConfig,
     steps: int,
     *,
-    attention: str = "auto",
+    attention: Route = "auto",
     logits_bytes: int = LOGITS_BYTES,
     state_shardings: Any = None,
 ) -> jax.stages.Wrapped:
@@ -119,11 +118,7 @@ def train_step(
 
     Args:
       adapter: Adapter that provides the structure, the scaling and the forward pass; its trainable arrays are not read.
-      llama_config: Configuration of the base model.
-      config: Fine-tuning configuration.
       steps: Number of optimizer steps in the learning-rate schedule.
-      attention: Attention implementation, see `rora_theory.lab.llama.attention.choose_route`.
-      logits_bytes: Maximum number of bytes of logits held at once, see `cross_entropy`.
       state_shardings: Shardings of the new state, see `lab.finetune.sharding`; None keeps it on the device of
         the old state.
     """
@@ -159,18 +154,14 @@ class SharedSteps:
         config: FinetuneConfig,
         steps: int,
         *,
-        attention: str = "auto",
+        attention: Route = "auto",
         logits_bytes: int = LOGITS_BYTES,
     ) -> Callable[[State, Params, Batch], tuple[State, StepMetrics]]:
         """Return the function ``(state, base, batch) -> (state, metrics)`` on a single device.
 
         Args:
           adapter: Adapter that provides the structure, the scaling and the forward pass.
-          llama_config: Configuration of the base model.
-          config: Fine-tuning configuration.
           steps: Number of optimizer steps in the learning-rate schedule.
-          attention: Attention implementation, see `rora_theory.lab.llama.attention.choose_route`.
-          logits_bytes: Maximum number of bytes of logits held at once, see `cross_entropy`.
         """
         # The compiled step reads neither scaling, learning rate nor seed from its configuration.
         scaling: dict[str, Any] = {"rule": "lora", "alpha": 1.0, "alpha_pattern": {}}
@@ -209,7 +200,7 @@ class SharedSteps:
 
 
 def _make_step(
-    llama_config: LlamaConfig, config: FinetuneConfig, steps: int, *, attention: str, logits_bytes: int
+    llama_config: LlamaConfig, config: FinetuneConfig, steps: int, *, attention: Route, logits_bytes: int
 ) -> Callable[[State, Params, Batch, TrainableAdapter, Array | None], tuple[State, StepMetrics]]:
     """Return the function ``(state, base, batch, adapter, peak) -> (state, metrics)``, which the caller compiles.
 
@@ -281,16 +272,13 @@ def eval_step(
     adapter: TrainableAdapter,
     llama_config: LlamaConfig,
     *,
-    attention: str = "auto",
+    attention: Route = "auto",
     logits_bytes: int = LOGITS_BYTES,
 ) -> jax.stages.Wrapped:
     """Return the jitted function ``(params, base, batch) -> (summed loss, number of targets)``, without dropout.
 
     Args:
       adapter: Adapter that provides the structure, the scaling and the forward pass; its trainable arrays are not read.
-      llama_config: Configuration of the base model.
-      attention: Attention implementation, see `rora_theory.lab.llama.attention.choose_route`.
-      logits_bytes: Maximum number of bytes of logits held at once, see `cross_entropy`.
     """
 
     def evaluate(params: Params, base: Params, batch: Batch) -> tuple[Array, Array]:
@@ -309,7 +297,7 @@ def batch_loss(
     *,
     key: PRNGKeyArray | None = None,
     remat: bool | str = False,
-    attention: str = "auto",
+    attention: Route = "auto",
     logits_bytes: int = LOGITS_BYTES,
 ) -> Float[Array, ""]:
     """Compute the cross-entropy summed over a batch's targets.
@@ -318,14 +306,8 @@ def batch_loss(
     never reads later positions, so the padding needs no mask.
 
     Args:
-      base: Weights of the base model.
-      batch: Tokens, targets and loss weights.
-      llama_config: Configuration of the base model.
-      adapter: Adapter applied to the base model.
       key: Dropout key; None disables dropout.
       remat: Rematerialisation in the backward pass, see `rora_theory.lab.llama.hidden_states`.
-      attention: Attention implementation, see `rora_theory.lab.llama.attention.choose_route`.
-      logits_bytes: Maximum number of bytes of logits held at once, see `cross_entropy`.
     """
     # The base is a constant of the gradient, so the backward pass computes no product for its weights. A model that is
     # trained as a whole has no base.

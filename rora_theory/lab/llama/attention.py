@@ -10,7 +10,7 @@ probabilities a layer.
 import itertools
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +19,17 @@ from jaxtyping import Array, Bool, Float
 
 from rora_theory.scaling import check_choice
 
-ROUTES = ("auto", "blocked", "xla", "cudnn")
+Route: TypeAlias = str
+"""Name of an implementation of attention, one of `ROUTES`; see `choose_route`."""
+ROUTES: tuple[Route, ...] = ("auto", "blocked", "xla", "cudnn")
 _MIN_BLOCK_ROWS = 64  # queries in a block
 _MAX_BLOCKS = 16  # each block is compiled
 _MASKED_SCORE = -1e30  # exp gives 0 in float32; -inf would give NaN in a row whose keys are all hidden
 
 
-def choose_route(route: str, dtype: jnp.dtype, head_dim: int, *, queries: int, keys: int, masked: bool = False) -> str:
+def choose_route(
+    route: Route, dtype: jnp.dtype, head_dim: int, *, queries: int, keys: int, masked: bool = False
+) -> Route:
     """Choose the implementation of attention.
 
     ``"auto"`` is ``"cudnn"`` if its kernel applies and ``"blocked"`` otherwise. The kernel needs an NVIDIA GPU of
@@ -60,7 +64,7 @@ def attend(
     v: Float[Array, "b t k d"],
     mask: Bool[Array, "#b 1 s t"] | None = None,
     *,
-    route: str = "auto",
+    route: Route = "auto",
 ) -> Float[Array, "b s n d"]:
     """Compute the attention of the last s of t positions, in the dtype of ``q``.
 
@@ -72,7 +76,6 @@ def attend(
       v: Values of all t positions.
       mask: True if a query may attend to a key, never one after its own position; None allows all keys up to its own.
         The output of a query that may attend to no key is finite but meaningless.
-      route: Implementation, see `choose_route`.
     """
     length, keys = q.shape[1], k.shape[1]
     route = choose_route(route, q.dtype, q.shape[3], queries=length, keys=keys, masked=mask is not None)

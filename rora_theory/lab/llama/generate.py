@@ -66,8 +66,6 @@ def beam_search(
     sequences and the best beam at its present length would not beat the worst of them; with one beam, at its first end.
 
     Args:
-      params: Weights of the model.
-      config: Configuration of the model.
       prompts: Token ids of each item, of any lengths from 1 on; all items run together.
       max_new_tokens: Maximum number of tokens to generate, at least 1.
       eos_ids: Tokens that end a text; may be empty.
@@ -75,7 +73,6 @@ def beam_search(
       pad_id: Padding of short prompts; None is 0. No token attends to it, so it does not change the result.
       shared: Number of leading tokens that all prompts share, to be read once for all of them. Each number compiles
         anew, so pass the same one in every call of a task (`shared_prompt.shared_length` with ``spare=1``).
-      adapter: Adapter that runs beside the weights; None for the base model.
 
     Returns:
       The new tokens of each prompt's best sequence, up to and including the one that ends it.
@@ -363,8 +360,6 @@ def _decode_step(
     """Read one more token of every beam.
 
     Args:
-      params: Weights of the model.
-      adapter: Adapter; None for the base model.
       tokens: Last token of each beam.
       positions: Position of those tokens, the same for all beams of an item.
       cached_positions: Position of the token in each slot, see `_slot_positions`.
@@ -372,7 +367,6 @@ def _decode_step(
       cache: Keys and values of the generated tokens.
       slot: First of the w slots of the cache that the tokens' keys and values are written to.
       visible: True if a beam attends to a slot, of the prompts and then of the cache.
-      config: Configuration of the model.
 
     Returns:
       The logits after each token, and the cache with the tokens.

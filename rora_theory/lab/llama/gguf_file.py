@@ -109,7 +109,6 @@ def read_metadata(reader: GGUFReader, where: str, name: str, kind: Any, default:
     """Read one value of a file's metadata.
 
     Args:
-      reader: Open file.
       where: Name of the file, for the error.
       name: Key of the value.
       kind: Expected type: int, float, bool, str, a list of one of them such as ``list[str]``, or Any.
@@ -292,9 +291,6 @@ def load_gguf(
     With ``quantization``, modules whose weights the file stores in such blocks keep them bit for bit.
 
     Args:
-      reader: Open file.
-      path: Path of the file.
-      config: Configuration of the model, from `config_from_gguf`.
       dtype: Type of the weights: float32, bfloat16 or float16.
       shardings: Tree of shardings with the structure of the weights; None for the default device.
       quantization: Storage of the modules' weights, see `weights.build_params`.

@@ -262,7 +262,6 @@ def _add_special_tokens(tokenizer: Tokenizer, pieces: Iterable[Piece], *, normal
 
     Args:
       tokenizer: Tokenizer to change.
-      pieces: Entries of the vocabulary.
       normalized: Whether user-defined pieces are found in the normalised text instead of the original text.
     """
     tokens = [

@@ -36,7 +36,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, Shaped
 
 from rora_theory.errors import InputError
 from rora_theory.lab.llama import rope
-from rora_theory.lab.llama.attention import attend, causal_mask
+from rora_theory.lab.llama.attention import Route, attend, causal_mask
 from rora_theory.lab.llama.config import MODULES, LlamaConfig
 from rora_theory.lab.llama.quantised import (
     QUANTIZATIONS,
@@ -75,7 +75,9 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 Params: TypeAlias = dict[str, Any]
+"""Weights of a model, in the tree of the module docstring."""
 Cache: TypeAlias = dict[str, Array]
+"""Keys and values of earlier tokens, see `init_cache`."""
 
 
 @runtime_checkable
@@ -170,7 +172,7 @@ def forward(
     attention_mask: Shaped[Array, "b s"] | None = None,
     key: PRNGKeyArray | None = None,
     remat: bool | str = False,
-    attention: str = "auto",
+    attention: Route = "auto",
     capture: Sequence[str] | None = None,
 ) -> Any:
     """Compute the logits of the next token at every position.
@@ -223,7 +225,7 @@ def hidden_states(
     visible: Bool[Array, "b s s"] | None = None,
     key: PRNGKeyArray | None = None,
     remat: bool | str = False,
-    attention: str = "auto",
+    attention: Route = "auto",
     capture: Sequence[str] | None = None,
 ) -> Any:
     """Compute the output of the final norm, [b, s, hidden_size] in the weights' dtype.

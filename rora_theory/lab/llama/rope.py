@@ -17,7 +17,6 @@ def frequencies(config: LlamaConfig, *, windowed: bool = False) -> np.ndarray:
     position 8192 differs by more than the logits' tolerance.
 
     Args:
-      config: Configuration of the model.
       windowed: Whether the layer has a sliding window. Gemma 3 has another base for such layers.
 
     Returns:
@@ -55,7 +54,6 @@ def angles(config: LlamaConfig, positions: Int[Array, "b s"], *, windowed: bool 
     """Compute cosine and sine of position times frequency.
 
     Args:
-      config: Configuration of the model.
       positions: Position of each token.
       windowed: Whether the layer has a sliding window, see `frequencies`.
     """

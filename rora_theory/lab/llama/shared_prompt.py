@@ -22,7 +22,6 @@ class Continuation:
     """An `Adapter` under which every row continues a shared prefix: its positions follow the prefix's.
 
     Attributes:
-      adapter: Adapter of the model; None for the base model.
       key: Rotated keys of the shared prefix.
       value: Values of the shared prefix.
     """
@@ -78,10 +77,7 @@ def read_prompt(params: Params, tokens: Sequence[int], config: LlamaConfig, adap
     """Compute the keys and values of a shared prefix of one token or more.
 
     Args:
-      params: Weights of the model.
       tokens: Token ids of the prefix.
-      config: Configuration of the model.
-      adapter: Adapter of the model; None for the base model.
 
     Returns:
       An adapter under which the model continues the prefix.

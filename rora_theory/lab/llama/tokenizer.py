@@ -95,7 +95,6 @@ class Tokenizer:
         """Encode many texts at once, in parallel.
 
         Args:
-          texts: Texts to encode.
           add_bos: Beginning of each text, see `encode`.
           add_end: Whether to add what the checkpoint puts after a text, if ``add_bos`` is None. A text that the model
             continues must not end.

@@ -160,7 +160,6 @@ def build_params(
     """Build the tree of weights leaf by leaf.
 
     Args:
-      config: Configuration of the model.
       dtype: Type of the weights: float32, bfloat16 or float16.
       read: Function ``read(names, out)`` that writes the tensor ``names[i]`` to ``out[i]``, converted to its dtype.
       shardings: Tree of `jax.sharding.Sharding` with the structure of the weights; None for the default device.
@@ -249,8 +248,6 @@ def load_hf(
     """Load the weights of a folder in Hugging Face layout: ``model.safetensors``, or shards and their index.
 
     Args:
-      folder: Folder in Hugging Face layout.
-      config: Configuration of the model, see `read_config`.
       dtype: Type of the weights in memory, float32, bfloat16 or float16, whatever the type in the files.
       shardings: Tree of shardings with the structure of the weights; None for the default device.
       quantization: Storage of the modules' weights, quantised while they are read, see `build_params`.
@@ -306,7 +303,6 @@ def save_hf(
     Args:
       folder: New or empty folder.
       params: Weights, saved in their dtype; weights in blocks are saved dense.
-      config: Configuration of the model.
       tokenizer_from: Folder to copy the tokenizer's files from; None copies none.
       files: Content of further files by their names.
       shard_bytes: Size above which the weights are split into several files.

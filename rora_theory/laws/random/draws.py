@@ -20,7 +20,6 @@ def draw_A(key: PRNGKeyArray, init: Init, *, rank: int, p_in: int) -> Float[Arra
     """Draw A in float32.
 
     Args:
-      key: Random key.
       init: Initialisation of A, see `rora_theory.inits.entries`.
       rank: Number of rows of A, 1 or more.
       p_in: Number of columns of A, 1 or more.

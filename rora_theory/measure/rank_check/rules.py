@@ -156,7 +156,6 @@ def coordinate_rows(
     """Return the sizes of one adapter as rows of a table.
 
     Args:
-      config: Settings of the check.
       cell: Case, seed and rank of the adapter.
       sizes: Coordinates with their sizes.
 
@@ -174,7 +173,6 @@ def coordinate_slopes(config: CheckConfig, sizes: pd.DataFrame) -> pd.DataFrame:
     """Fit the slope of every coordinate except the loss, and of the geometric mean of the modules' outputs.
 
     Args:
-      config: Settings of the check.
       sizes: Frame with the columns `COLUMNS`, of all cells.
 
     Returns:
@@ -213,7 +211,6 @@ def verdicts(config: CheckConfig, slopes: pd.DataFrame) -> pd.DataFrame:
     """Summarise the slopes of each case in verdicts on the whole model and on the outputs of modules.
 
     Args:
-      config: Settings of the check.
       slopes: Frame of `coordinate_slopes`.
 
     Returns:
@@ -248,7 +245,6 @@ def describe_check(config: CheckConfig, judged: pd.DataFrame) -> str:
     """Return a sentence with the verdicts on the whole model, controls last.
 
     Args:
-      config: Settings of the check.
       judged: Frame of `verdicts`.
     """
     clauses = [f"{case}: {verdict}" for case, verdict in zip(cases(config), judged["whole_model"], strict=True)]

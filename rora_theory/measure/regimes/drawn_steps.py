@@ -22,10 +22,6 @@ from rora_theory.validation.rules import name_of
 def measure_adapters(config: RegimeConfig, layer: Layer) -> dict[tuple, dict[str, Any]]:
     """Measure the rms of the first change under the first rule, from adapters of each rank.
 
-    Args:
-      config: Settings of the measurement.
-      layer: Gradient and inputs of the module.
-
     Returns:
       The rms with its standard error and the number of adapters, by the keys of `module_regime.predict_rms`.
     """
@@ -83,10 +79,7 @@ def step_adapters(
       ranks: Ranks, each at most ``rows``.
       scalings: Scaling gamma of each rank under one or more rules.
       optimizers: Optimizers of the step, each applied to the same gradient.
-      learning_rate: Learning rate of the step.
-      init: Initialisation of A.
       rows: Number of rows of A in a block.
-      epsilon: Adam's epsilon.
 
     Yields:
       Blocks without end, each a list with an array for every rank. Splits are in the order of ``layer.inputs``.

@@ -99,9 +99,7 @@ def read_regime_run(folder: Path, *, optimizer: OptimizerName, init: Init, split
     """Read the linear terms of a run.
 
     Args:
-      folder: Folder of the run.
       optimizer: Optimizer of the first step.
-      init: Initialisation of A.
       split: Split at which the change is measured.
 
     Returns:

@@ -102,8 +102,6 @@ class Terms:
         Args:
           ranks: Rank r of each adapter.
           scalings: Scaling gamma of each adapter.
-          learning_rate: Learning rate of the step.
-          epsilon: Adam's epsilon.
 
         Returns:
           The root mean square at each rank and token.
@@ -154,10 +152,7 @@ def compute_terms(
     """Compute the terms of the first step's law, as defined in `laws.crossing_rank`.
 
     Args:
-      grad: Full-weight gradient G.
       x: Inputs at which the change is evaluated.
-      optimizer: Optimizer of the step.
-      init: Initialisation of A.
 
     Returns:
       The terms at each token.
@@ -181,7 +176,6 @@ class FastTerms:
     float64. For uniform entries, E[sign(g . a) a] comes from `sign_expectation.uniform_fast`.
 
     Args:
-      grad: Full-weight gradient G.
       x: Inputs at which the change is evaluated.
       multiply: Product of two float32 matrices.
 
