@@ -39,9 +39,10 @@ from gain_grid import DESIGNS, REFERENCE_GAIN, REFERENCE_RANK, Design
 from jaxtyping import Float
 from sweep_folders import DRAWS, mean_regrets
 
+from rora_theory.advice.best_rate import Run
 from rora_theory.advice.constants import CONSTANTS
 from rora_theory.lab.sweep.curves import curves_at
-from rora_theory.lab.sweep.regret import Condition, policies
+from rora_theory.lab.sweep.regret import policies
 from rora_theory.lab.sweep.runs import SweepRun, read_runs, read_tokens
 from rora_theory.optimizers import Schedule
 from rora_theory.runs import frames
@@ -273,7 +274,7 @@ def regret_rows(curves: Mapping[int, Mapping[Key, Curve]], constant: float, desi
             pooled, tuned_on = tuned_elsewhere(curves, seed, (schedule, step, *REFERENCE))
             if pooled is None or target.edge:
                 continue
-            old, new = Condition(*REFERENCE, step), Condition(rank, gain, step)
+            old, new = Run(*REFERENCE, step), Run(rank, gain, step)
             for policy, rate_of in policies({step: constant}).items():
                 cost = regret(pooled, target, partial(rate_of, old, new))
                 row: dict[str, Any] = {"seed": seed, "schedule": schedule, "to": name_of(rank, gain), "policy": policy}

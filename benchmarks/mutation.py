@@ -63,16 +63,13 @@ ESTIMATES = f"tests/lab/sweep/test_rate_estimates.py {ANALYSIS}"
 
 SWEEP = {
     "sweep_analysis": ("rora_theory/lab/sweep/analysis.py", ESTIMATES),
-    "sweep_change_parts": ("rora_theory/lab/sweep/change_parts.py", "tests/lab/sweep/test_change_parts.py"),
-    "sweep_curves": ("rora_theory/lab/sweep/curves.py", ANALYSIS),
-    "sweep_differences": ("rora_theory/lab/sweep/differences.py", "tests/lab/sweep/test_differences.py"),
-    "sweep_estimators": ("rora_theory/lab/sweep/estimators.py", ANALYSIS),
-    "sweep_law": ("rora_theory/lab/sweep/law.py", f"tests/lab/sweep/test_read_regime.py {ANALYSIS}"),
-    "sweep_part_tables": ("rora_theory/lab/sweep/part_tables.py", ANALYSIS),
-    "sweep_rate_estimates": (
-        "rora_theory/lab/sweep/rate_estimates.py",
-        ESTIMATES,
+    "sweep_change_parts": (
+        "rora_theory/lab/sweep/change_parts.py",
+        f"tests/lab/sweep/test_change_parts.py {ANALYSIS}",
     ),
+    "sweep_curves": ("rora_theory/lab/sweep/curves.py", ESTIMATES),
+    "sweep_differences": ("rora_theory/lab/sweep/differences.py", "tests/lab/sweep/test_differences.py"),
+    "sweep_law": ("rora_theory/lab/sweep/law.py", f"tests/lab/sweep/test_read_regime.py {ANALYSIS}"),
     "sweep_regret": ("rora_theory/lab/sweep/regret.py", f"tests/lab/sweep/test_regret.py {ANALYSIS}"),
     "sweep_results": (
         "rora_theory/lab/sweep/results.py",

@@ -296,8 +296,8 @@ SWEEP_FAULTS = [
     ),
     Fault(
         f"{SWEEP}/curves.py",
-        "shared = at_shared_seeds(first, second)\n",
-        "shared = (first, second)\n",
+        "if (shared := at_shared_seeds(first, second))\n",
+        "if (shared := (first, second))\n",
         "curves are compared over seeds that they do not share",
     ),
     Fault(
@@ -337,19 +337,19 @@ SWEEP_FAULTS = [
         "the training loss of every read-out is that of the end",
     ),
     Fault(
-        f"{SWEEP}/rate_estimates.py",
-        '_estimates(labels, "ratio", (1.0, -1.0), shared, edge)',
-        '_estimates(labels, "ratio", (-1.0, 1.0), shared, edge)',
+        f"{SWEEP}/curves.py",
+        '_estimates(labels, "ratio", (1.0, -1.0), (first, second), edge)',
+        '_estimates(labels, "ratio", (-1.0, 1.0), (first, second), edge)',
         "a ratio of best rates is inverted",
     ),
     Fault(
-        f"{SWEEP}/rate_estimates.py",
+        f"{SWEEP}/curves.py",
         "is_end = edge and (estimator == THREE_POINTS or logs.error < ROUNDING)",
         "is_end = False",
         "the end of a grid has an interval",
     ),
     Fault(
-        f"{SWEEP}/rate_estimates.py",
+        f"{SWEEP}/curves.py",
         "2 ** (logs.value + width)}",
         "math.exp(logs.value + width)}",
         "octaves are taken for natural logarithms",
@@ -399,8 +399,8 @@ SWEEP_FAULTS = [
     ),
     Fault(
         f"{SWEEP}/law.py",
-        'group = every[every["seeds"] == every["seeds"].max()]',
-        "group = every",
+        "pooled = tuple(at for at, seeds in seeds_at.items() if seeds == max(seeds_at.values()))",
+        "pooled = tuple(seeds_at)",
         "a rank with one seed leaves one seed of the others in the pool",
     ),
     Fault(
@@ -434,10 +434,10 @@ SWEEP_FAULTS = [
         "linear terms are those of SGD",
     ),
     Fault(
-        f"{SWEEP}/estimators.py",
-        "pooled_exponent({high / low: group_pairs}, method)",
-        "pooled_exponent({low / high: group_pairs}, method)",
-        "an estimator's exponent has the wrong sign",
+        f"{SWEEP}/law.py",
+        "whole_curve_log2_rates([sign / octaves for _ in group for sign in (-1.0, 1.0)], *ends)",
+        "whole_curve_log2_rates([sign / octaves for _ in group for sign in (1.0, -1.0)], *ends)",
+        "an exponent of whole curves has the wrong sign",
     ),
     # ---- parts of the change
     Fault(
@@ -459,19 +459,19 @@ SWEEP_FAULTS = [
         "the parts of the change are without the adapter's scaling",
     ),
     Fault(
-        f"{SWEEP}/part_tables.py",
+        f"{SWEEP}/change_parts.py",
         'runs[runs["learning_rate"] <= (optimum or 0.0) * 10 ** (GRID_STEP / 2)]',
         "runs",
         "runs above the best rate give the displacement constant",
     ),
     Fault(
-        f"{SWEEP}/part_tables.py",
+        f"{SWEEP}/change_parts.py",
         'gain * near_best["ratio"] * (1 + near_best["ratio"])',
         'gain * near_best["ratio"]',
         "the displacement constant leaves out the A part",
     ),
     Fault(
-        f"{SWEEP}/part_tables.py",
+        f"{SWEEP}/change_parts.py",
         "moved = b > 0",
         "moved = b >= 0",
         "a module that has not moved has a ratio",
@@ -485,25 +485,25 @@ SWEEP_FAULTS = [
     ),
     Fault(
         f"{SWEEP}/regret.py",
-        "(Run(run.rank, run.gain, run.steps) for run in (old, new))",
-        "(Run(run.rank, run.gain) for run in (old, new))",
+        "carry_rate(rate, old, new).best",
+        "carry_rate(rate, Run(old.rank, old.gain), Run(new.rank, new.gain)).best",
         "the policy of the advice ignores the number of steps",
     ),
     Fault(
         f"{SWEEP}/regret.py",
-        "key=lambda steps: abs(math.log(steps / old.steps)))",
-        "key=lambda steps: abs(steps - old.steps))",
+        "key=lambda steps: abs(math.log(steps / _steps(old))))",
+        "key=lambda steps: abs(steps - _steps(old)))",
         "the nearest number of steps is not the nearest in log",
     ),
     Fault(
         f"{SWEEP}/regret.py",
-        "(new.steps / old.steps) ** -0.5",
-        "(new.steps / old.steps) ** 0.5",
+        "(_steps(new) / _steps(old)) ** -0.5",
+        "(_steps(new) / _steps(old)) ** 0.5",
         "the rate of the policy displacement and steps rises with the steps",
     ),
     Fault(
         f"{SWEEP}/regret.py",
-        "if new == old or new.rank < old.rank or new.steps < old.steps:",
+        "if new == old or new.rank < old.rank or _steps(new) < _steps(old):",
         "if new == old or new.rank < old.rank:",
         "a rate is carried to shorter runs",
     ),

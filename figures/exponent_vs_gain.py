@@ -19,7 +19,6 @@ from matplotlib.axes import Axes
 from figures import style
 from rora_theory.laws.displacement import COHERENCE_RANGE, best_rate_exponent
 from rora_theory.scaling import check_integer
-from rora_theory.stats.curve_optima import Method
 from rora_theory.validation.ranges import Count, check_ranges
 from rora_theory.validation.rules import check_list
 
@@ -32,14 +31,12 @@ MAX_FOLDERS = 2
 
 @dataclass(frozen=True)
 class ExponentVsGainOptions:
-    """Runs to draw, with the number of steps and the estimator."""
+    """Runs to draw, and the number of steps."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, style.RUN_FOLDERS]
     """Run folders of sims.sweep"""
     steps: Count = 64
     """Number of optimizer steps"""
-    estimate: Method = "quadratic"
-    """Estimator of the best rate"""
     ranks: tuple[int, ...] = ()
     """Ranks to draw; all by default"""
     out: Path | None = None
@@ -58,7 +55,7 @@ def draw_exponent_vs_gain(config: ExponentVsGainOptions) -> Sequence[Path]:
     """
     if len(config.runs) > MAX_FOLDERS:
         style.fail(f"runs must be at most {MAX_FOLDERS} run folders, got {len(config.runs)}")
-    folders = style.read_folders(config.runs, "estimators.csv")
+    folders = style.read_folders(config.runs, "pooled.csv")
     is_single = len(folders) == 1
     # A series for each run folder and rank. Several run folders have a colour each, the ranks of a single one.
     series = []
@@ -84,7 +81,7 @@ def draw_exponent_vs_gain(config: ExponentVsGainOptions) -> Sequence[Path]:
             look: dict[str, Any] = {"fmt": marker, "color": colour, "elinewidth": 0.9, "fillstyle": fill}
             axes.errorbar(middle, points["exponent"], yerr=errors, xerr=spans, **look)
             # A best rate at the end of its grid makes the exponent a bound only.
-            is_bound = points["edges"] > 0
+            is_bound = points["edge"]
             style.cross_out(axes, middle[is_bound], points.loc[is_bound, "exponent"])
         # The legend has one entry for filled and hollow points.
         axes.plot([], [], marker, color=colour, label=label)
@@ -102,10 +99,9 @@ def draw_exponent_vs_gain(config: ExponentVsGainOptions) -> Sequence[Path]:
     axes.set_ylabel(rf"$d \log \eta^* / d \log G$ after {config.steps} steps")
     style.plain_ticks(axes, gains)
     caption = (
-        f"{config.estimate} fit; bars: the two values of G, one standard error over seeds; hollow: one seed; "
-        "bands: c from 1 to 2"
+        "fits to whole curves; bars: the two values of G, one standard error; hollow: one seed; bands: c from 1 to 2"
     )
-    if any((pairs["edges"] > 0).any() for _, pairs, *_ in series):
+    if any(pairs["edge"].any() for _, pairs, *_ in series):
         caption += "; crosses: at the grid's edge"
     style.legend(figure, style.named([axes]), caption)
     return style.save(figure, config.out or config.runs[0], "exponent_vs_gain")
@@ -118,10 +114,9 @@ def neighbours_by_rank(table: pd.DataFrame, config: ExponentVsGainOptions) -> li
     pair has more seeds.
     """
     # Exponents of single ranks.
-    rows = table[(table["step"] == config.steps) & (table["over"] == "gain") & (table["pairs"] == 1)]
-    rows = rows[rows["estimate"] == config.estimate]
-    if config.ranks:
-        rows = rows[rows["at"].astype(float).isin(config.ranks)]
+    rows = table[(table["step"] == config.steps) & (table["over"] == "gain")]
+    ranks = pd.to_numeric(rows["at"], errors="coerce")
+    rows = rows[ranks.isin(config.ranks) if config.ranks else ranks.notna()]
     by_rank = []
     for rank, pairs in rows.groupby("at"):
         # Drop a pair with a measured value in between: its exponent is the mean of two others.

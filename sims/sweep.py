@@ -138,8 +138,9 @@ def run_matrix(config: SweepOptions) -> None:
         raise failed
     law: dict[str, Any] = {"crossing_distances": crossing_distances, "linear_terms": linear_terms}
     judged = analysis.analyse(runs, tokens, identity["settings"], **law, other_runs=dict(compare_to))
-    for file_name, frame in judged.files().items():
-        folder.write_frame(frame, file_name)
+    for name, frame in judged.items():
+        if len(frame):
+            folder.write_frame(frame, f"{name}.csv")
     best = ends[ends["best_rate"].notna() | (ends["method"] == BASE)]
     with summarised(folder, collect_key_figures(best, judged)):
         report(ends, best, len(runs), judged, law=bool(crossing_distances))
@@ -180,7 +181,7 @@ def run_sweep_cells(
     )
 
 
-def collect_key_figures(best: pd.DataFrame, judged: analysis.SweepAnalysis) -> list[KeyFigure]:
+def collect_key_figures(best: pd.DataFrame, judged: Mapping[str, pd.DataFrame]) -> list[KeyFigure]:
     """Return the key figures of a matrix: losses and accuracies at the best rates, regret and exponents."""
     scope, loss = ("model", "method", "rank", "alpha", "learning_rate", "seed"), "validation loss, nats per token"
     figures = key_figures(best, loss, "validation_loss", "validation_error", over="records", scope=scope)
@@ -188,14 +189,14 @@ def collect_key_figures(best: pd.DataFrame, judged: analysis.SweepAnalysis) -> l
     figures += key_figures(scored, "average accuracy", "average", "average_error", over="items", scope=scope)
     samples, regret = "seeds and held-out records", "largest regret, nats per token"
     policy = ("changed", "policy", "pairs", "lower_bounds")
-    figures += key_figures(judged.policies, regret, "largest", "largest_error", over=samples, scope=policy)
+    figures += key_figures(judged["policies"], regret, "largest", "largest_error", over=samples, scope=policy)
     laws = ("law_low", "law_high", "verdict", "displacement_low", "displacement_high", "displacement_verdict")
     pair = ("step", "over", "at", "first", "second", *laws)
-    return figures + key_figures(judged.exponents, "exponent of the best rate", "exponent", scope=pair)
+    return figures + key_figures(judged["exponents"], "exponent of the best rate", "exponent", scope=pair)
 
 
 def report(
-    ends: pd.DataFrame, best: pd.DataFrame, runs: int, judged: analysis.SweepAnalysis, *, law: bool = True
+    ends: pd.DataFrame, best: pd.DataFrame, runs: int, judged: Mapping[str, pd.DataFrame], *, law: bool = True
 ) -> None:
     """Print the answer, the losses at the best rates, and the frames of the analysis.
 
@@ -203,11 +204,11 @@ def report(
       ends: Rows of `results.csv` at the end of each run.
       best: The rows of the base model and of each method and rank at its best rate.
       runs: Number of runs.
-      judged: Frames of the analysis.
+      judged: Tables of the analysis.
       law: Whether the frames have the exponents of the law.
     """
-    exponents = f" {analysis.describe_exponents(runs, judged.best, judged.exponents, law=law)}"
-    answers.print_answer(results.describe_results(ends) + (exponents if len(judged.best) else ""))
+    exponents = f" {analysis.describe_exponents(runs, judged['best'], judged['exponents'], law=law)}"
+    answers.print_answer(results.describe_results(ends) + (exponents if len(judged["best"]) else ""))
     forms = {"model": "{model}", "method": "{method}", "rank": "{rank}", "alpha": "{alpha:g}", "seed": "{seed}"}
     forms |= {"steps": "{steps}", "rate": "{learning_rate:.3g}", "position in the grid": "{best_rate}"}
     forms |= {"validation loss": "{validation_loss:.4f} ({validation_error:.4f})"}
@@ -219,10 +220,10 @@ def report(
     print_analysis(judged)
 
 
-def print_analysis(judged: analysis.SweepAnalysis) -> None:
+def print_analysis(judged: Mapping[str, pd.DataFrame]) -> None:
     """Print a table of each frame of the analysis that is not empty."""
     # Settings in which the combinations of a matrix differ.
-    variants = {name: f"{{{name}}}" for name in ("model", "adapter", *AXES) if name in judged.best}
+    variants = {name: f"{{{name}}}" for name in ("model", "adapter", *AXES) if name in judged["best"]}
     setting = {"steps": "{step}", "rank": "{size}", "gamma r": "{gain:g}"}
     # Columns of each table.
     measured = {
@@ -264,27 +265,30 @@ def print_analysis(judged: analysis.SweepAnalysis) -> None:
     ratios = setting | {"compared with": "{compared_with}"} | judged_by | {"ratio": "{ratio:.3g}"} | interval
     policies = {"changed setting": "{changed}", "policy": "{policy}"}
     policies |= {"median": "{median:.4f}", "largest": "{largest:.4f}", "lower bounds": "{lower_bounds}"}
+    with_verdicts = judged["pooled"]
+    if len(with_verdicts):
+        with_verdicts = with_verdicts[with_verdicts["verdict"].notna()]
     # Print the tables that the run has data for.
     for title, frame, columns in (
         (
             "Best rates by the whole curve and by three points; intervals are for this sample of data",
-            judged.rates,
+            judged["rates"],
             rates,
         ),
-        ("Ratios of best rates", judged.ratios, ratios),
-        ("Lowest losses, and best rates by the three lowest losses", judged.best, best),
-        ("Comparisons, each at its own best rate", judged.comparisons, comparisons),
-        ("Two values of gamma r at the same rate: difference of their losses", judged.one_rate, one_rate),
-        ("Exponents of the best rate, and those of the displacement law", judged.exponents, displacement),
-        ("Exponents of the best rate, and those of the law of a constant gradient", judged.exponents, exponents),
-        ("Exponents by whole curves, pooled: verdicts with more power", judged.pooled, pooled),
-        ("Exponent of the best rate in the steps; -1/2 if entries walk at random", judged.steps, steps),
-        ("Larger part of the change, median over modules (5% to 95%)", judged.parts, larger_part),
-        ("Regret in nats per token; lower bounds: pairs with a rate outside the grid", judged.policies, policies),
+        ("Ratios of best rates", judged["ratios"], ratios),
+        ("Lowest losses, and best rates by the three lowest losses", judged["best"], best),
+        ("Comparisons, each at its own best rate", judged["comparisons"], comparisons),
+        ("Two values of gamma r at the same rate: difference of their losses", judged["one_rate"], one_rate),
+        ("Exponents of the best rate, and those of the displacement law", judged["exponents"], displacement),
+        ("Exponents of the best rate, and those of the law of a constant gradient", judged["exponents"], exponents),
+        ("Exponents by whole curves, pooled: verdicts with more power", with_verdicts, pooled),
+        ("Exponent of the best rate in the steps; -1/2 if entries walk at random", judged["steps"], steps),
+        ("Larger part of the change, median over modules (5% to 95%)", judged["parts"], larger_part),
+        ("Regret in nats per token; lower bounds: pairs with a rate outside the grid", judged["policies"], policies),
     ):
         if frame.empty:
             continue
-        has_exponents = frame is judged.exponents
+        has_exponents = frame is judged["exponents"]
         with_labels = analysis.add_against_column if has_exponents else analysis.add_size_column
         left = 3 if has_exponents else list(columns).index("compared with") + 1 if "compared with" in columns else 0
         tables.print_records(title, with_labels(frame), variants | columns, left=len(variants) + left)

@@ -369,7 +369,7 @@ def test_exponents_are_drawn_between_neighbours_of_each_rank() -> None:
     """16 to 724 is left out because 64 lies between. Pairs with one seed divide none with more, but each other."""
     rows = [(16, 64, 2), (64, 724, 3), (16, 724, 2), (64, 181, 1), (181, 724, 1)]
     table = pd.DataFrame(rows, columns=["first", "second", "seeds"]).assign(
-        step=64, over="gain", at="8", pairs=1, estimate="quadratic", exponent=-0.7, standard_error=0.1
+        step=64, over="gain", at="8", exponent=-0.7, standard_error=0.1, edge=False
     )
     config = exponent_vs_gain.ExponentVsGainOptions((PUBLISHED / "horizon",))
     ((rank, pairs),) = exponent_vs_gain.neighbours_by_rank(table, config)
@@ -394,12 +394,12 @@ def test_an_exponent_of_one_seed_is_hollow_in_the_colour_of_its_model(captured_f
     }
     expected, bounds = {}, set()
     for run, colour in zip(runs, style.COLOURS, strict=False):
-        table = pd.read_csv(run / "estimators.csv")
+        table = style.read_table(run, "pooled.csv")
         config = exponent_vs_gain.ExponentVsGainOptions((run,), ranks=(8, 128))
         for _, pairs in exponent_vs_gain.neighbours_by_rank(table, config):
             for exponent, seeds in zip(pairs["exponent"], pairs["seeds"], strict=True):
                 expected[colour, round(exponent, 3)] = "none" if seeds == 1 else "full"
-            bounds |= {round(exponent, 3) for exponent in pairs.loc[pairs["edges"] > 0, "exponent"]}
+            bounds |= {round(exponent, 3) for exponent in pairs.loc[pairs["edge"], "exponent"]}
     assert drawn_points == expected
     assert set(expected.values()) == {"none", "full"}
     crosses = {round(float(y), 3) for line in axes.lines if line.get_marker() == "x" for y in line.get_ydata()}

@@ -2,23 +2,23 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
 
 from rora_theory.lab.finetune.config import LossOn
+from rora_theory.lab.sweep.change_parts import constants_by_steps, part_table
 from rora_theory.lab.sweep.curves import (
     best_rate_table,
     compare_at_one_rate,
     compare_best_rates,
     curves_at,
+    rate_table,
+    ratio_table,
 )
-from rora_theory.lab.sweep.estimators import estimator_table
-from rora_theory.lab.sweep.law import pooled_exponents, setting_exponents, step_exponents
-from rora_theory.lab.sweep.part_tables import constants_by_steps, part_table
-from rora_theory.lab.sweep.rate_estimates import rate_table, ratio_table
+from rora_theory.lab.sweep.law import setting_exponents, step_exponents, whole_curve_exponents
 from rora_theory.lab.sweep.regret import policies, regret_by_policy, regret_table
 from rora_theory.lab.sweep.runs import FULL, SweepRun, merge_repeated_runs
 from rora_theory.optimizers import Schedule
@@ -39,44 +39,21 @@ BOOTSTRAP_SAMPLES = 1000
 """Number of bootstrap samples of the held-out records."""
 
 
-@dataclass(frozen=True, eq=False)
-class SweepAnalysis:
-    """Analysis of runs as frames, which are empty if the runs do not suffice.
-
-    Attributes:
-      best: Best rates at every step by the three lowest losses, `curves.best_rate_table`.
-      rates: Best rates by every estimator and both losses, `rate_estimates.rate_table`.
-      ratios: Ratios of best rates, `rate_estimates.ratio_table`.
-      comparisons: Comparisons of curves at their best rates, `curves.compare_best_rates`.
-      one_rate: Comparisons at the same rate, `curves.compare_at_one_rate`.
-      exponents: Exponents of the best rates in gain and rank, `law.setting_exponents`.
-      pooled: The exponents by whole curves, pooled over the other setting, `law.pooled_exponents`.
-      estimators: Exponents by estimators that use whole curves, `estimators.estimator_table`.
-      steps: Exponents of the best rates in the number of steps, `law.step_exponents`.
-      parts: Ratio of the parts of the change in every run, `part_tables.part_table`.
-      constants: Displacement constants K, `part_tables.constants_by_steps`.
-      regret: Cost of policies between all measured conditions, `regret.regret_table`.
-      policies: Summary of the cost, `regret.regret_by_policy`.
-    """
-
-    best: pd.DataFrame
-    rates: pd.DataFrame
-    ratios: pd.DataFrame
-    comparisons: pd.DataFrame
-    one_rate: pd.DataFrame
-    exponents: pd.DataFrame
-    pooled: pd.DataFrame
-    estimators: pd.DataFrame
-    steps: pd.DataFrame
-    parts: pd.DataFrame
-    constants: pd.DataFrame
-    regret: pd.DataFrame
-    policies: pd.DataFrame
-
-    def files(self) -> dict[str, pd.DataFrame]:
-        """Return the frames that are not empty by the names of their files."""
-        by_name = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {f"{name}.csv": frame for name, frame in by_name.items() if not frame.empty}
+TABLES: Mapping[str, str] = {
+    "best": "best rates at every step by the three lowest losses, `curves.best_rate_table`",
+    "rates": "best rates by every estimator and both losses, `curves.rate_table`",
+    "ratios": "ratios of best rates, `curves.ratio_table`",
+    "comparisons": "comparisons of curves at their best rates, `curves.compare_best_rates`",
+    "one_rate": "comparisons at the same rate, `curves.compare_at_one_rate`",
+    "exponents": "exponents of the best rates in gain and rank, `law.setting_exponents`",
+    "pooled": "the exponents by whole curves, alone and pooled, `law.whole_curve_exponents`",
+    "steps": "exponents of the best rates in the number of steps, `law.step_exponents`",
+    "parts": "ratio of the parts of the change in every run, `change_parts.part_table`",
+    "constants": "displacement constants K, `change_parts.constants_by_steps`",
+    "regret": "cost of policies between all measured conditions, `regret.regret_table`",
+    "policies": "summary of the cost, `regret.regret_by_policy`",
+}
+"""Tables of an analysis, with the functions that describe their columns."""
 
 
 def analyse(
@@ -87,7 +64,7 @@ def analyse(
     crossing_distances: Sequence[float] = (),
     linear_terms: Sequence[float] = (),
     other_runs: Mapping[str, Sequence[SweepRun]] | None = None,
-) -> SweepAnalysis:
+) -> dict[str, pd.DataFrame]:
     """Analyse the runs of a matrix, each combination of model, kind of adapter and further axes by itself.
 
     Every combination is compared with the first one. If there are several, the frames have a column for each setting in
@@ -100,6 +77,9 @@ def analyse(
       crossing_distances: Crossing distances of the model's modules, see `judge_runs`.
       linear_terms: Linear terms of the model's modules, see `judge_runs`.
       other_runs: Runs to compare with, by description.
+
+    Returns:
+      The tables by their names from `TABLES`; empty where the runs do not suffice.
     """
     names = dict.fromkeys(name for run in runs for name, _ in run.axes)
     groups: dict[tuple[Any, ...], list[SweepRun]] = {}
@@ -109,33 +89,30 @@ def analyse(
             adapter = run.adapter if run.rank else "lora"
             key = (run.model, adapter, *(value for _, value in run.axes))
             groups.setdefault(key, []).append(run)
-    judgements: list[SweepAnalysis] = []
+    tables: dict[str, list[pd.DataFrame]] = {name: [] for name in TABLES}
     others = dict(other_runs or {})
     labels = ("model", "adapter", *names)
     different = [place for place in range(len(labels)) if len({key[place] for key in groups}) > 1]
     for key, group in groups.items():
         settings = dict(shared) | dict(group[0].axes)
-        law: dict[str, Any] = {"crossing_distances": crossing_distances, "linear_terms": linear_terms}
         by_loss = dict(zip(get_args(LossOn), tokens[key[0]], strict=True))
         judged = judge_runs(
             group,
             by_loss[group[0].loss_on],
-            **law,
+            crossing_distances=crossing_distances,
+            linear_terms=linear_terms,
             warmup=settings["warmup"],
             schedule=settings["schedule"],
             other_runs=others,
             tokens_by_loss=by_loss,
         )
         described = {labels[place]: key[place] for place in different}
-        judgements.append(
-            SweepAnalysis(*(frame.assign(**described) if len(frame) else frame for frame in vars(judged).values()))
-        )
+        for name, frame in judged.items():
+            tables[name].append(frame.assign(**described) if len(frame) else frame)
         # Losses of different models cannot be compared.
         if key == next(iter(groups)) and "model" not in described:
             others[", ".join(f"{name} {value}" for name, value in described.items())] = group
-    tables = zip(*(vars(judged).values() for judged in judgements), strict=True)
-    empty = [pd.DataFrame()] * len(fields(SweepAnalysis))
-    return SweepAnalysis(*(map(_concatenate, tables) if judgements else empty))
+    return {name: _concatenate(parts) for name, parts in tables.items()}
 
 
 def judge_runs(
@@ -148,7 +125,7 @@ def judge_runs(
     linear_terms: Sequence[float] = (),
     other_runs: Mapping[str, Sequence[SweepRun]] | None = None,
     tokens_by_loss: Mapping[LossOn, Sequence[int]] | None = None,
-) -> SweepAnalysis:
+) -> dict[str, pd.DataFrame]:
     """Find the best rates at every step of the readings, and compare them with each other and with the law.
 
     Args:
@@ -161,6 +138,9 @@ def judge_runs(
       other_runs: Runs to compare with, by description, see `runs.read_comparison_runs`.
       tokens_by_loss: Numbers of tokens by the tokens of the loss, for the best rates by both losses; None uses the loss
         by which the runs are judged.
+
+    Returns:
+      The tables by their names from `TABLES`; empty where the runs do not suffice.
     """
     # Curves of loss against rate at every step, and their minima.
     runs = merge_repeated_runs(runs)
@@ -169,12 +149,12 @@ def judge_runs(
     losses: dict[LossOn, Sequence[int]] = {loss_on: tokens} | dict(tokens_by_loss or {})
     by_step = {step: _curves_by_loss(runs, losses, step) for step in steps}
     curves = {step: by_loss[loss_on] for step, by_loss in by_step.items()}
+    tables = dict.fromkeys(TABLES, pd.DataFrame())
     best = _concatenate(best_rate_table(step_curves, step) for step, step_curves in curves.items())
-    parts = part_table(runs)
+    tables |= {"best": best, "parts": part_table(runs)}
     # Without a curve of three rates, only the parts of the change can be analysed.
     if best.empty:
-        frames_by_name = dict.fromkeys((field.name for field in fields(SweepAnalysis)), pd.DataFrame())
-        return SweepAnalysis(**frames_by_name | {"best": best, "parts": parts})
+        return tables
     # Comparisons of curves, also with those of other runs after the same number of steps, and best rates by every
     # estimator and by the losses over all tokens and over the answers.
     merged_others = {name: merge_repeated_runs(named_runs) for name, named_runs in (other_runs or {}).items()}
@@ -185,41 +165,31 @@ def judge_runs(
         comparisons.append(compare_best_rates(curves[step], step, others_by_loss[loss_on]))
         rates.append(rate_table(by_loss, step))
         ratios.append(ratio_table(by_loss, step, others_by_loss))
+    tables |= {"comparisons": _concatenate(comparisons), "rates": _concatenate(rates), "ratios": _concatenate(ratios)}
+    tables["one_rate"] = _concatenate(compare_at_one_rate(runs, tokens, step) for step in steps)
     # Exponents of the best rates, with those of the laws.
-    constants = constants_by_steps(parts, best)
+    tables["constants"] = constants = constants_by_steps(tables["parts"], best)
     by_steps = constants.groupby("step") if len(constants) else ()
     ranges = {int(step): (float(rows["constant"].min()), float(rows["constant"].max())) for step, rows in by_steps}
-    exponents = pooled = exponents_in_steps = pd.DataFrame()
+    exponents = pd.DataFrame()
     if crossing_distances:
         law: dict[str, Any] = {"crossing_distances": crossing_distances, "warmup": warmup, "schedule": schedule}
-        exponents = _concatenate(
+        tables["exponents"] = exponents = _concatenate(
             setting_exponents(step_curves, step, **law, linear_terms=linear_terms, constants=ranges)
             for step, step_curves in curves.items()
         )
-        by_step_exponents = exponents.groupby("step") if len(exponents) else ()
-        pooled = _concatenate(pooled_exponents(curves[step], step, rows) for step, rows in by_step_exponents)
-        exponents_in_steps = step_exponents(curves, **law)
-    at_same_rate = _concatenate(compare_at_one_rate(runs, tokens, step) for step in steps)
+        tables["steps"] = step_exponents(curves, **law)
+    tables["pooled"] = _concatenate(
+        whole_curve_exponents(step_curves, step, exponents[exponents["step"] == step] if len(exponents) else exponents)
+        for step, step_curves in curves.items()
+    )
     # Regret of policies, with the geometric middle of the displacement constants at each step.
     middle = {step: math.sqrt(low * high) for step, (low, high) in ranges.items()}
     crossing_distance = float(np.median(crossing_distances)) if crossing_distances else None
     by_name = policies(middle, crossing_distance=crossing_distance)
-    costs = regret_table(runs, tokens, curves, by_name, draws=BOOTSTRAP_SAMPLES)
-    return SweepAnalysis(
-        best,
-        _concatenate(rates),
-        _concatenate(ratios),
-        _concatenate(comparisons),
-        at_same_rate,
-        exponents,
-        pooled,
-        _concatenate(estimator_table(curves[step], step) for step in steps),
-        exponents_in_steps,
-        parts,
-        constants,
-        costs,
-        regret_by_policy(costs),
-    )
+    tables["regret"] = regret_table(runs, tokens, curves, by_name, draws=BOOTSTRAP_SAMPLES)
+    tables["policies"] = regret_by_policy(tables["regret"])
+    return tables
 
 
 def _curves_by_loss(

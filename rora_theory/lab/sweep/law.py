@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ import pandas as pd
 
 from rora_theory import laws
 from rora_theory.errors import InputError
+from rora_theory.lab.sweep.change_parts import QUANTILES
 from rora_theory.lab.sweep.curves import setting_labels
-from rora_theory.lab.sweep.part_tables import QUANTILES
 from rora_theory.laws import constant_gradient, displacement
 from rora_theory.measure.regimes.saved_run import read_regime_run
 from rora_theory.measure.regimes.tables import CROSSING_DISTANCE_COLUMNS, CROSSING_DISTANCES
@@ -32,6 +31,19 @@ In the gain G: -1 (the law of the first step) and 0 (the rate does not depend on
 change the rate by a factor of 1.4, which costs a few thousandths of a nat. In the number of steps: -1/2 (a random
 walk).
 """
+
+
+EXPONENT_COLUMNS = (
+    "step", "over", "at", "first", "second", "exponent", "standard_error", "half_width", "error_over", "law_low", "law",
+    "law_high", "seeds", "verdict", "edge", "displacement_low", "displacement_high", "displacement_verdict",
+)  # fmt: skip
+"""Columns of `setting_exponents`."""
+
+STEP_COLUMNS = (
+    "rank", "gain", "first", "second", "exponent", "standard_error", "half_width", "error_over", "seeds", "law_low",
+    "law", "law_high", "verdict", "edge",
+)  # fmt: skip
+"""Columns of `step_exponents`."""
 
 
 def read_regime(folder: Path) -> tuple[list[float], list[float]]:
@@ -107,7 +119,7 @@ def setting_exponents(
       schedule: Schedule of the learning rate after the warm-up.
       linear_terms: Linear terms c of the modules' first step under Adam; if empty, the signal term dominates.
       constants: Smallest and largest measured displacement constant K by number of steps, see
-        `part_tables.constants_by_steps`; without them the displacement law is left out over the gain.
+        `change_parts.constants_by_steps`; without them the displacement law is left out over the gain.
 
     Returns:
       A row for each pair of values of the gain or the rank, with the columns
@@ -155,64 +167,97 @@ def setting_exponents(
                 # Rates that preserve each module's first step.
                 exponents = laws.equal_change_rank_exponent(low, high, np.asarray(linear_terms))
                 law = (0.0, *np.quantile(exponents, QUANTILES[1:]).tolist())
-            # Row with the verdict on each law. The laws are rivals of each other.
             edge, seeds = _edge_of_pair(*ends), len(ends[0].losses)
-            judge_prediction = partial(judge_range, slope, is_bound=bool(edge))
-            rivals = (*RIVALS[over], *(displaced or ()))
-            rows.append(
-                {"step": step, "over": over, "at": at, "first": low, "second": high, "exponent": slope.value}
-                | _errors(slope)
-                | {"law_low": min(law), "law": law[1], "law_high": max(law), "seeds": seeds}
-                | {"verdict": judge_prediction((min(law), max(law)), rivals, seeds=seeds)}
-                | {"edge": edge}
-            )
-            if displaced is not None:
-                rows[-1] |= dict(zip(("displacement_low", "displacement_high"), displaced, strict=True))
-                displacement_rivals = (*RIVALS[over], min(law), max(law))
-                rows[-1]["displacement_verdict"] = judge_prediction(displaced, displacement_rivals, seeds=seeds)
-    return pd.DataFrame(rows)
+            labels = {"step": step, "over": over, "at": at, "first": low, "second": high}
+            judged = _judge(slope, (min(law), max(law)), displaced, over, is_bound=bool(edge), seeds=seeds)
+            rows.append(labels | judged | {"law": law[1], "edge": edge})
+    return frames.from_rows(rows, EXPONENT_COLUMNS) if rows else pd.DataFrame()
 
 
-def pooled_exponents(curves: Sequence[Curve], step: int, exponents: pd.DataFrame) -> pd.DataFrame:
-    """Measure the exponents by whole curves, pooled over the values of the other setting, with verdicts on the laws.
+def whole_curve_exponents(curves: Sequence[Curve], step: int, exponents: pd.DataFrame) -> pd.DataFrame:
+    """Measure the exponents by whole curves, at each value of the other setting and pooled over these values.
 
-    These verdicts have more power than those on single exponents: see ``power.csv`` of `benchmarks.verdict_rules`.
+    The pooled verdicts have more power than those on single exponents: see ``power.csv`` of `benchmarks.verdict_rules`.
 
     Args:
       curves: `curves.curves_at` the step.
       step: Number of steps.
-      exponents: `setting_exponents` of the curves, whose predictions are pooled to their common range.
+      exponents: `setting_exponents` of the curves, whose predictions are pooled to their common range; empty without a
+        law.
 
     Returns:
-      A row for each pair of values of the gain or the rank, with the columns of `setting_exponents`; ``at`` has the
-      pooled values, separated by spaces.
+      A row for each pair of values of the gain or the rank and each value of the other setting, and one for the pooled
+      values with the most seeds, with the columns of `setting_exponents`. ``at`` has the values of the other setting,
+      separated by spaces. A verdict stands beside the pooled exponent alone.
     """
-    curve_of_setting = {(curve.rank, curve.gain): curve for curve in curves}
+    curve_of_setting = {(curve.rank, curve.gain): curve for curve in curves if curve.rank}
     rows = []
-    for (over, first, second), every in exponents.groupby(["over", "first", "second"], sort=False):
-        # Values of the other setting with the most seeds; one with fewer would leave out seeds of the others.
-        group = every[every["seeds"] == every["seeds"].max()]
-        settings = [(at, end) if over == "gain" else (end, at) for at in group["at"] for end in (first, second)]
-        ends = at_shared_seeds(*(curve_of_setting[setting] for setting in settings))
-        if not ends:
-            continue
-        octaves = len(group) * math.log2(second / first)
-        slope = whole_curve_log2_rates([sign / octaves for _ in group["at"] for sign in (-1.0, 1.0)], *ends)
-        law = float(group["law_low"].min()), float(group["law_high"].max())
-        displaced: tuple[float, float] | None = None
-        if "displacement_low" in group and group["displacement_low"].notna().all():
-            displaced = float(group["displacement_low"].min()), float(group["displacement_high"].max())
-        edge, seeds = any(curve.edge for curve in ends), len(ends[0].losses)
-        judge_prediction = partial(judge_range, slope, is_bound=edge, seeds=seeds)
-        row = {"step": step, "over": over, "at": " ".join(f"{at:g}" for at in group["at"])}
-        row |= {"first": first, "second": second, "exponent": slope.value} | _errors(slope)
-        row |= {"law_low": law[0], "law_high": law[1], "seeds": seeds, "edge": edge}
-        row |= {"verdict": judge_prediction(law, (*RIVALS[over], *(displaced or ())))}
-        if displaced:
-            row |= dict(zip(("displacement_low", "displacement_high"), displaced, strict=True))
-            row |= {"displacement_verdict": judge_prediction(displaced, (*RIVALS[over], *law))}
-        rows.append(row)
-    return frames.from_rows(rows, list(rows[0])) if rows else pd.DataFrame()
+    for over, index in (("gain", 1), ("rank", 0)):
+        for first, second in combinations(sorted({key[index] for key in curve_of_setting}), 2):
+            # Pairs of curves with shared seeds, by the value of the other setting.
+            pairs: dict[float, tuple[Curve, ...]] = {}
+            for at in sorted({key[1 - index] for key in curve_of_setting}):
+                settings: list[Any] = [(at, end) if over == "gain" else (end, at) for end in (first, second)]
+                if all(setting in curve_of_setting for setting in settings):
+                    shared = at_shared_seeds(*(curve_of_setting[setting] for setting in settings))
+                    pairs |= {at: shared} if shared else {}
+            predicted = exponents
+            if len(exponents):
+                is_pair = (exponents["over"] == over) & (exponents["first"] == first) & (exponents["second"] == second)
+                predicted = exponents[is_pair]
+            # Values of the other setting with the most seeds; one with fewer would leave out seeds of the others.
+            seeds_at = {at: len(pairs[at][0].losses) for at in (predicted["at"] if len(predicted) else pairs)}
+            pooled = tuple(at for at, seeds in seeds_at.items() if seeds == max(seeds_at.values()))
+            for group in dict.fromkeys([*((at,) for at in pairs), pooled]):
+                ends = at_shared_seeds(*(curve for at in group for curve in pairs[at])) if group else ()
+                if not ends:
+                    continue
+                octaves = len(group) * math.log2(second / first)
+                slope = whole_curve_log2_rates([sign / octaves for _ in group for sign in (-1.0, 1.0)], *ends)
+                if math.isnan(slope.value):
+                    continue
+                edge, seeds = any(curve.edge for curve in ends), len(ends[0].losses)
+                row = {"step": step, "over": over, "at": " ".join(f"{at:g}" for at in group)}
+                row |= {"first": float(first), "second": float(second), "edge": edge}
+                law: tuple[float, float] | None = None
+                displaced: tuple[float, float] | None = None
+                if group == pooled and len(predicted):
+                    members = predicted[predicted["at"].isin(group)]
+                    law = float(members["law_low"].min()), float(members["law_high"].max())
+                    if members["displacement_low"].notna().all():
+                        displaced = float(members["displacement_low"].min()), float(members["displacement_high"].max())
+                rows.append(row | _judge(slope, law, displaced, over, is_bound=edge, seeds=seeds))
+    columns = [name for name in EXPONENT_COLUMNS if name != "law"]
+    return frames.from_rows(rows, columns) if rows else pd.DataFrame()
+
+
+def _judge(
+    slope: Estimate,
+    law: tuple[float, float] | None,
+    displaced: tuple[float, float] | None,
+    over: str,
+    *,
+    is_bound: bool,
+    seeds: int,
+) -> dict[str, Any]:
+    """Return the columns of a measured exponent, with the range and the verdict of each law that predicts it.
+
+    The laws are rivals of each other.
+    """
+    row: dict[str, Any] = {
+        "exponent": slope.value,
+        "standard_error": slope.known_error,
+        "half_width": slope.half_width(),
+    }
+    row |= {"error_over": slope.over, "seeds": seeds}
+    ranges = {"": law, "displacement_": displaced}
+    for prefix, prediction in ranges.items():
+        if prediction is not None:
+            others = [end for name, ends in ranges.items() if name != prefix for end in ends or ()]
+            verdict = judge_range(slope, prediction, (*RIVALS[over], *others), is_bound=is_bound, seeds=seeds)
+            low, high = ("law_low", "law_high") if not prefix else ("displacement_low", "displacement_high")
+            row |= {low: prediction[0], high: prediction[1], f"{prefix}verdict": verdict}
+    return row
 
 
 def _displacement_exponents(
@@ -289,15 +334,10 @@ def step_exponents(
             ]
             law = sorted(math.log2(preserving / rate) / octaves for preserving in preserving_rates)
             edge, seeds = _edge_of_pair(*ends), len(ends[0].losses)
-            rows.append(
-                setting_labels(curve)
-                | {"first": first, "second": second, "exponent": slope.value}
-                | _errors(slope)
-                | {"seeds": seeds, "law_low": law[0], "law": law[len(law) // 2], "law_high": law[-1]}
-                | {"verdict": judge_range(slope, (law[0], law[-1]), RIVALS["step"], is_bound=bool(edge), seeds=seeds)}
-                | {"edge": edge}
-            )
-    return frames.from_rows(rows, list(rows[0])) if rows else pd.DataFrame()
+            judged = _judge(slope, (law[0], law[-1]), None, "step", is_bound=bool(edge), seeds=seeds)
+            labels = setting_labels(curve) | {"first": first, "second": second}
+            rows.append(labels | judged | {"law": law[len(law) // 2], "edge": edge})
+    return frames.from_rows(rows, STEP_COLUMNS) if rows else pd.DataFrame()
 
 
 def _edge_of_pair(first: Curve, second: Curve) -> str:
@@ -305,7 +345,3 @@ def _edge_of_pair(first: Curve, second: Curve) -> str:
     if first.edge and second.edge:
         return "both"
     return "first" if first.edge else "second" if second.edge else ""
-
-
-def _errors(slope: Estimate) -> dict[str, Any]:
-    return {"standard_error": slope.error, "half_width": slope.half_width(), "error_over": slope.over}

@@ -2,35 +2,19 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import pandas as pd
 
 from rora_theory.advice.best_rate import Run, carry_rate
+from rora_theory.evidence.policies import displacement_law, power_of_gain
 from rora_theory.lab.sweep.curves import curves_at
 from rora_theory.lab.sweep.runs import SweepRun
-from rora_theory.laws import constant_gradient, displacement
+from rora_theory.laws import constant_gradient
 from rora_theory.runs import frames
 from rora_theory.stats.rate_curves import Curve
 from rora_theory.stats.regret import regret
-
-
-@dataclass(frozen=True)
-class Condition:
-    """A setting whose curve of loss against learning rate was measured.
-
-    Attributes:
-      rank: Rank of the adapter.
-      gain: G = gamma r.
-      steps: Number of optimizer steps.
-    """
-
-    rank: int
-    gain: float
-    steps: int
-
 
 REGRET_COLUMNS = (
     "old_rank", "old_gain", "old_steps", "rank", "gain", "steps", "changed", "policy", "tuned_rate", "learning_rate",
@@ -39,8 +23,11 @@ REGRET_COLUMNS = (
 )  # fmt: skip
 """Columns of `regret_table`."""
 
-RatePolicy = Callable[[Condition, Condition, float], float]
-"""Learning rate for the new condition, from the old condition, the new one and the rate tuned in the old one."""
+RatePolicy = Callable[[Run, Run, float], float]
+"""Learning rate for the new condition, from the old condition, the new one and the rate tuned in the old one.
+
+Of a condition, the rank, the gain and the number of steps are given.
+"""
 
 ORIGINS: Mapping[str, str] = {
     "keep the rate": "none",
@@ -55,19 +42,18 @@ ORIGINS: Mapping[str, str] = {
 """Where the constants of each policy come from."""
 
 
-def policies(
-    constants: Mapping[int, float],
-    *,
-    crossing_distance: float | None = None,
-    coherence: float = 1.0,
-) -> dict[str, RatePolicy]:
+def _steps(run: Run) -> int:
+    assert run.steps is not None, "a measured condition has a number of steps"
+    return run.steps
+
+
+def policies(constants: Mapping[int, float], *, crossing_distance: float | None = None) -> dict[str, RatePolicy]:
     """Return the policies that are compared, by name.
 
     Args:
       constants: Displacement constant K by number of steps; the nearest number in log is used. If empty, the policies
         of the displacement law with a measured constant are left out.
       crossing_distance: Median crossing distance of the model's modules; None leaves the constant-gradient law out.
-      coherence: Coherence c of the displacement law, from 1 to 2.
 
     Returns:
       Policies that leave the rate alone when the number of steps changes (``keep the rate``, ``first step``,
@@ -75,40 +61,36 @@ def policies(
       ``advice``: the rate of `rora_theory.transfer`, whose constants are the default ones and not those of the runs.
     """
 
+    def by_power(power: float) -> RatePolicy:
+        factor = power_of_gain(power)
+        return lambda old, new, rate: rate * factor(old.rank, old.gain, new.rank, new.gain)
+
     # The displacement law, with the constant measured at about this number of steps.
-    def displacement_rate(old: Condition, new: Condition, rate: float) -> float:
+    def displacement_rate(old: Run, new: Run, rate: float) -> float:
         # A number of steps without a constant uses that of the nearest one.
-        steps = min(constants, key=lambda steps: abs(math.log(steps / old.steps)))
-        factor = displacement.best_rate_factor(
-            old.gain, new.gain, displacement_constant=constants[steps], coherence=coherence
-        )
-        return rate * factor
+        steps = min(constants, key=lambda steps: abs(math.log(steps / _steps(old))))
+        return rate * displacement_law(constants[steps])(old.rank, old.gain, new.rank, new.gain)
 
     # The law of a constant gradient: the change at the horizon stays the same. rate * steps / crossing_distance is the
     # ratio of the A part to the B part at the old horizon.
-    def constant_gradient_rate(old: Condition, new: Condition, rate: float) -> float:
+    def constant_gradient_rate(old: Run, new: Run, rate: float) -> float:
         assert crossing_distance is not None
-        return rate * constant_gradient.rate_factor(new.gain / old.gain, rate * old.steps / crossing_distance)
+        return rate * constant_gradient.rate_factor(new.gain / old.gain, rate * _steps(old) / crossing_distance)
 
     # The displacement law, with the random walk's exponent in the steps.
-    def displacement_and_steps_rate(old: Condition, new: Condition, rate: float) -> float:
-        return displacement_rate(old, new, rate) * (new.steps / old.steps) ** -0.5
-
-    # The rate that `rora_theory.transfer` returns, with its default constants. It does not depend on a schedule that
-    # both runs share.
-    def advised_rate(old: Condition, new: Condition, rate: float) -> float:
-        first, second = (Run(run.rank, run.gain, run.steps) for run in (old, new))
-        return carry_rate(rate, first, second).best
+    def displacement_and_steps_rate(old: Run, new: Run, rate: float) -> float:
+        return displacement_rate(old, new, rate) * (_steps(new) / _steps(old)) ** -0.5
 
     by_name: dict[str, RatePolicy] = {
-        "keep the rate": lambda _old, _new, rate: rate,
-        "first step": lambda old, new, rate: rate * old.gain / new.gain,
-        "square root": lambda old, new, rate: rate * (old.gain / new.gain) ** 0.5,
-        "G^-0.75": lambda old, new, rate: rate * (old.gain / new.gain) ** 0.75,
+        "keep the rate": by_power(0.0),
+        "first step": by_power(-1.0),
+        "square root": by_power(-0.5),
+        "G^-0.75": by_power(-0.75),
     }
     if constants:
         by_name |= {"displacement": displacement_rate, "displacement and steps": displacement_and_steps_rate}
-    by_name["advice"] = advised_rate
+    # The rate that `rora_theory.transfer` returns does not depend on a schedule that both runs share.
+    by_name["advice"] = lambda old, new, rate: carry_rate(rate, old, new).best
     return by_name if crossing_distance is None else by_name | {"constant gradient": constant_gradient_rate}
 
 
@@ -145,13 +127,12 @@ def regret_table(
         tuned_rate = tuned.best_rate
         # Skip lower ranks and shorter runs; the gain may change in both directions.
         for new, all_seeds in measured.curves.items():
-            if new == old or new.rank < old.rank or new.steps < old.steps:
+            if new == old or new.rank < old.rank or _steps(new) < _steps(old):
                 continue
             changed = [name for name in ("rank", "gain", "steps") if getattr(old, name) != getattr(new, name)]
             rates: list[float] = []
             for name, policy in by_name.items():
-                carry_rate = partial(policy, old, new)
-                rate = carry_rate(tuned_rate)
+                rate = policy(old, new, tuned_rate)
                 # Policies that agree by construction, such as all laws at an unchanged G, have one row: the first's.
                 if any(math.isclose(rate, other_rate, rel_tol=1e-9) for other_rate in rates):
                     continue
@@ -163,7 +144,7 @@ def regret_table(
                     {"old_rank": old.rank, "old_gain": old.gain, "old_steps": old.steps}
                     | {"rank": new.rank, "gain": new.gain, "steps": new.steps}
                     | {"changed": " ".join(changed), "policy": name, "tuned_rate": tuned_rate}
-                    | regret(tuned, target, carry_rate).row()
+                    | regret(tuned, target, partial(policy, old, new)).row()
                     | {"seeds": len(target.losses), "is_edge": bool(tuned.edge or target.edge)}
                 )
     return frames.from_rows(rows, REGRET_COLUMNS) if rows else pd.DataFrame()
@@ -178,24 +159,24 @@ class _MeasuredCurves:
         self._tokens, self._draws = tokens, draws
         # Runs of each condition that has a curve, in the order of the runs.
         measured = {
-            Condition(curve.rank, curve.gain, step): curve
+            Run(curve.rank, curve.gain, step): curve
             for step, step_curves in curves.items()
             for curve in step_curves
             if curve.rank
         }
-        self._runs: dict[Condition, list[SweepRun]] = {}
+        self._runs: dict[Run, list[SweepRun]] = {}
         for run in runs:
             for step in (step for step in sorted(curves) if run.rank and run.gain and run.reaches(step)):
-                condition = Condition(run.rank or 0, round(run.gain or 0.0, 9), step)
+                condition = Run(run.rank or 0, round(run.gain or 0.0, 9), step)
                 if condition in measured:
                     self._runs.setdefault(condition, []).append(run)
         self.curves = {condition: measured[condition] for condition in self._runs}
         # Curves of subsets of the seeds are fitted on demand, and start with the curves of all seeds.
-        self._covering: dict[tuple[Condition, frozenset[int]], Curve | None] = {
+        self._covering: dict[tuple[Run, frozenset[int]], Curve | None] = {
             (condition, frozenset(curve.by_seed)): curve for condition, curve in self.curves.items()
         }
 
-    def covering(self, condition: Condition, learning_rate: float) -> Curve | None:
+    def covering(self, condition: Run, learning_rate: float) -> Curve | None:
         """Return the curve of the seeds whose rates lie on both sides of a learning rate, or None."""
         # A rate at the end of a grid counts as covered in spite of rounding.
         runs, slack = self._runs[condition], 1 + 1e-9
@@ -210,7 +191,7 @@ class _MeasuredCurves:
         # Fit the curve of these seeds once; None if they have no complete grid.
         if (condition, seeds) not in self._covering:
             covering_runs = [run for run in runs if run.seed in seeds]
-            curves = curves_at(covering_runs, self._tokens, condition.steps, draws=self._draws)
+            curves = curves_at(covering_runs, self._tokens, _steps(condition), draws=self._draws)
             self._covering[condition, seeds] = curves[0] if curves else None
         return self._covering[condition, seeds]
 

@@ -11,10 +11,10 @@ import pytest
 
 from figures import horizon as figure
 from rora_theory import Setting, transfer
-from rora_theory.lab.sweep import analysis, part_tables, regret
+from rora_theory.advice.best_rate import Run
+from rora_theory.lab.sweep import analysis, change_parts, regret
 from rora_theory.lab.sweep import curves as horizon_curves
 from rora_theory.lab.sweep import law as horizon_law
-from rora_theory.lab.sweep.estimators import estimator_table
 from rora_theory.lab.sweep.results import results_table
 from rora_theory.lab.sweep.runs import FULL, Reading, ReadRun, SweepRun, merge_repeated_runs
 from rora_theory.laws.constant_gradient import distances, rate_for_equal_change
@@ -312,7 +312,7 @@ def test_in_the_rank_the_law_includes_cross_talk() -> None:
     # The rank has an effect beyond gamma r, against the displacement law.
     assert (row["verdict"], row["displacement_verdict"]) == ("agrees", "contradicts")
     pd.testing.assert_frame_equal(crossed.loc["gain"], signal.loc["gain"])
-    judged = analysis.judge_runs(runs, TOKENS, **LAW, linear_terms=terms).exponents
+    judged = analysis.judge_runs(runs, TOKENS, **LAW, linear_terms=terms)["exponents"]
     assert set(judged[judged["over"] == "rank"]["verdict"]) == {"agrees"}
 
 
@@ -321,11 +321,11 @@ def test_pooled_exponents_have_narrower_intervals_and_the_same_predictions() -> 
     runs = grid(-0.7, seeds=3, noise=3e-3)
     single = [replace(run, rank=1) for run in select(runs, rank=8, seed=0)]
     judged = analysis.judge_runs([*runs, *single], TOKENS, **LAW)
-    rows = judged.pooled.query("step == 64 and over == 'gain'")
+    rows = judged["pooled"].query("step == 64 and over == 'gain' and verdict.notna()")
     (row,) = frames.rows(rows)
     assert (row["at"], row["first"], row["second"], row["seeds"]) == ("8 128", 64, 724, 3)
     assert row["exponent"] == pytest.approx(-0.7, abs=0.02)
-    alone = judged.exponents.query("step == 64 and over == 'gain' and seeds == 3")
+    alone = judged["exponents"].query("step == 64 and over == 'gain' and seeds == 3")
     assert row["half_width"] < alone["half_width"].min()
     assert (row["law_low"], row["law_high"]) == pytest.approx((alone["law_low"].min(), alone["law_high"].max()))
     assert row["verdict"] == "contradicts", "a constant gradient has about -0.5"
@@ -514,10 +514,9 @@ def test_at_one_rate_a_difference_can_come_from_the_rate_alone() -> None:
     assert by_rank[8]["difference"].iloc[1] > 0.08
     assert by_rank[8]["difference"].iloc[-1] < -0.08
     judged = analysis.judge_runs(runs, TOKENS, crossing_distances=(), warmup=4)
-    assert len(judged.one_rate) == 2 * len(table)
-    assert "one_rate.csv" in judged.files()
-    assert len(judged.best) == 2 * (4 + 2), "a curve for each arm and step, also for three runs without a partner"
-    assert (len(judged.exponents), len(judged.steps)) == (0, 0), "no crossing distances, no law"
+    assert len(judged["one_rate"]) == 2 * len(table)
+    assert len(judged["best"]) == 2 * (4 + 2), "a curve for each arm and step, also for three runs without a partner"
+    assert (len(judged["exponents"]), len(judged["steps"])) == (0, 0), "no crossing distances, no law"
 
 
 def test_runs_are_compared_with_those_of_another_setting() -> None:
@@ -526,7 +525,7 @@ def test_runs_are_compared_with_those_of_another_setting() -> None:
     runs += [replace(run, rank=None, gain=None, method=FULL) for run in select(runs, gain=64.0)]
     other_runs = [other for run in runs for other in scaled([run], 0.97, rate=4.0 if run.gain == 724.0 else 2.0)]
     judged = analysis.judge_runs(runs, TOKENS, crossing_distances=(), warmup=4, other_runs={"targets all": other_runs})
-    table = judged.comparisons.query("step == 64 and compared_with == 'targets all'")
+    table = judged["comparisons"].query("step == 64 and compared_with == 'targets all'")
     assert table["rank"].fillna(0).tolist() == [0, 8, 8]
     assert table["ratio"].to_numpy() == pytest.approx([0.5, 0.5, 0.25], rel=0.02)
     assert table["difference"].to_numpy() == pytest.approx(0.03, rel=0.1)
@@ -605,7 +604,7 @@ def test_runs_that_differ_in_their_length_are_one() -> None:
     assert outcomes == [1.0, 2.0, math.inf], "the longer run diverged before the shorter one ended"
     distinct = [replace(runs[0], **change) for change in ({"seed": 1}, {"rate": 2e-3}, {"rank": 4}, {"gain": 8.0})]
     assert len(merge_repeated_runs([*runs, *distinct])) == 5
-    assert len(analysis.judge_runs([*runs, *distinct], [1], crossing_distances=(), warmup=4).parts) == 5
+    assert len(analysis.judge_runs([*runs, *distinct], [1], crossing_distances=(), warmup=4)["parts"]) == 5
     decaying = [replace(runs[0], steps=256), replace(runs[1], steps=64)]
     assert merge_repeated_runs([*decaying, *decaying]) == decaying[::-1], "two lengths, the shorter first"
 
@@ -616,7 +615,7 @@ def test_a_step_that_few_runs_reach_leaves_the_others_as_they_are() -> None:
     longer = replace(runs[0].read.readings[-1], step=256)
     runs[0] = replace(runs[0], read=replace(runs[0].read, readings=[*runs[0].read.readings, longer]))
     judged = analysis.judge_runs(runs, TOKENS, **LAW)
-    for frame in (judged.best, judged.exponents):
+    for frame in (judged["best"], judged["exponents"]):
         assert sorted(set(frame["step"])) == [16, 64]
         assert frame["step"].dtype.kind == "i"
 
@@ -629,21 +628,21 @@ def test_further_axes_are_analysed_by_themselves_and_compared_with_the_first() -
     constant = [replace(run, axes=axes["constant"]) for run in runs]
     shared, law = {"warmup": 4, "schedule": "constant"}, {"crossing_distances": CROSSING_DISTANCES}
     judged = analysis.analyse([*constant, *cosine], {"": (TOKENS, TOKENS)}, shared, **law)
-    assert judged.best.groupby("schedule").size().to_dict() == {"constant": 4, "cosine": 4}
-    compared = judged.comparisons.query("compared_with == 'schedule constant, warmup 4'")
+    assert judged["best"].groupby("schedule").size().to_dict() == {"constant": 4, "cosine": 4}
+    compared = judged["comparisons"].query("compared_with == 'schedule constant, warmup 4'")
     assert set(compared["schedule"]) == {"cosine"}
     assert (compared["difference"] < -0.04).all()
     for schedule, warmup in (("constant", 4), ("cosine", 8)):
-        (row,) = frames.rows(judged.exponents.query(f"schedule == '{schedule}' and step == 64"))
-        (best,) = judged.best.query(f"schedule == '{schedule}' and step == 64 and gain == 64")["best_rate"]
+        (row,) = frames.rows(judged["exponents"].query(f"schedule == '{schedule}' and step == 64"))
+        (best,) = judged["best"].query(f"schedule == '{schedule}' and step == 64 and gain == 64")["best_rate"]
         expected = horizon_law.predict_exponents(
             CROSSING_DISTANCES, (64.0, 724.0), steps=(64,), rates=(best,), warmup=warmup, schedule=schedule
         )
         assert row["law"] == pytest.approx(expected["exponent"][1], abs=1e-6)
     alone = analysis.analyse(runs, {"": (TOKENS, TOKENS)}, shared)
-    assert "schedule" not in alone.best
-    first = judged.best.query("schedule == 'constant'").drop(columns=["schedule", "warmup"])
-    pd.testing.assert_frame_equal(alone.best, first)
+    assert "schedule" not in alone["best"]
+    first = judged["best"].query("schedule == 'constant'").drop(columns=["schedule", "warmup"])
+    pd.testing.assert_frame_equal(alone["best"], first)
 
 
 def test_every_combination_is_compared_with_the_first_alone() -> None:
@@ -652,20 +651,20 @@ def test_every_combination_is_compared_with_the_first_alone() -> None:
     shared = {"warmup": 4, "schedule": "constant"}
     arms = [replace(run, axes=(("batch_size", size),)) for size in (4, 8, 16) for run in scaled(runs, 1 - size / 100)]
     judged = analysis.analyse(arms, {"": (TOKENS, TOKENS)}, shared)
-    assert set(judged.comparisons["compared_with"]) == {"batch_size 4"}
-    assert set(judged.comparisons["batch_size"]) == {8, 16}
+    assert set(judged["comparisons"]["compared_with"]) == {"batch_size 4"}
+    assert set(judged["comparisons"]["batch_size"]) == {8, 16}
     methods = [
         replace(run, method=method, gain=gain)
         for method, gain in (("lora", 64.0), ("rora", 256.0), ("dora", 64.0))
         for run in runs
     ]
-    best = analysis.analyse(methods, {"": (TOKENS, TOKENS)}, shared).best.query("step == 64")
+    best = analysis.analyse(methods, {"": (TOKENS, TOKENS)}, shared)["best"].query("step == 64")
     adapters = list(best[["adapter", "gain"]].itertuples(index=False, name=None))
     assert adapters == [("lora", 64.0), ("lora", 256.0), ("dora", 64.0)]
     models = [replace(run, model=model) for model in ("m", "n") for run in runs]
     judged = analysis.analyse(models, dict.fromkeys("mn", (TOKENS, TOKENS)), shared)
-    assert set(judged.best["model"]) == {"m", "n"}
-    assert judged.comparisons.empty, "losses of two models cannot be compared"
+    assert set(judged["best"]["model"]) == {"m", "n"}
+    assert judged["comparisons"].empty, "losses of two models cannot be compared"
 
 
 @pytest.mark.slow
@@ -720,15 +719,15 @@ def test_the_ratios_of_each_reading_are_summarised() -> None:
         SweepRun(8, 64.0, 1e-3, 2, ReadRun([], [Reading(16, [1.0], [1.0], measured), bare])),
         SweepRun(None, None, 1e-4, 0, ReadRun([], [bare]), method=FULL),
     ]
-    (row,) = part_tables.part_table(runs).to_dict("records")
+    (row,) = change_parts.part_table(runs).to_dict("records")
     assert [row[name] for name in ("rank", "gain", "learning_rate", "seed", "step")] == [8, 64.0, 1e-3, 2, 16]
     assert row["ratio"] == 1.0
     assert 0.5 < row["ratio_low"] < 0.6 < 1.8 < row["ratio_high"] < 2
     still = {name: [*values, 0.0] for name, values in runs[0].read.readings[0].parts.items()}
     runs[0].read.readings[0] = replace(runs[0].read.readings[0], parts=still)
-    (with_still,) = part_tables.part_table(runs).to_dict("records")
+    (with_still,) = change_parts.part_table(runs).to_dict("records")
     assert with_still["ratio"] == row["ratio"], "a module that has not moved has no ratio"
-    assert part_tables.part_table(runs[1:]).empty
+    assert change_parts.part_table(runs[1:]).empty
 
 
 def test_the_displacement_constant_is_that_of_runs_up_to_half_a_step_above_the_best_rate() -> None:
@@ -738,11 +737,11 @@ def test_the_displacement_constant_is_that_of_runs_up_to_half_a_step_above_the_b
     parts = [columns | {"learning_rate": rate, "ratio": ratio} for rate, ratio in ratios.items()]
     parts.append(parts[0] | {"rank": 16})  # without a best rate
     best = pd.DataFrame([columns | {"best_rate": 1e-3}, columns | {"rank": None, "best_rate": 1.0}])
-    (row,) = frames.rows(part_tables.constants_by_steps(pd.DataFrame(parts), best))
+    (row,) = frames.rows(change_parts.constants_by_steps(pd.DataFrame(parts), best))
     assert row == columns | {"constant": 88.0, "constant_low": 48.0, "constant_high": 128.0, "runs": 2}
 
 
-# ---- regret and estimators
+# ---- regret and whole curves
 
 
 @pytest.mark.slow
@@ -757,25 +756,25 @@ def test_constants_and_regrets_of_planted_runs(monkeypatch) -> None:
     monkeypatch.setattr(trained_runs, "resampled_ratios", count)
     judged = analysis.judge_runs(displaced_runs(), TOKENS, **LAW)
     assert len(calls) == 2 * 2 * 2 * 3, "one bootstrap for each rank, gain, step and seed: the regret needs no more"
-    assert set(judged.constants["step"]) == {16, 64}
+    assert set(judged["constants"]["step"]) == {16, 64}
     for name in ("constant", "constant_low", "constant_high"):
-        np.testing.assert_allclose(judged.constants[name], 130.0, rtol=1e-9)
+        np.testing.assert_allclose(judged["constants"][name], 130.0, rtol=1e-9)
     # Half of the rates of a curve lie at or below the best one.
-    assert judged.constants["runs"].between(3, 3 * len(RATES) - 1).all()
-    costs = judged.regret.query("steps == 64 and old_steps == 64 and old_gain == 64 and gain == 724")
+    assert judged["constants"]["runs"].between(3, 3 * len(RATES) - 1).all()
+    costs = judged["regret"].query("steps == 64 and old_steps == 64 and old_gain == 64 and gain == 724")
     by_policy = costs[(costs["old_rank"] == 8) & (costs["rank"] == 8)].set_index("policy")["regret"]
     # Log10 of the rate over the best one: planted 0.77 log10(724 / 64) = 0.811 less what the policy divides by.
     for policy, decades in (("keep the rate", 0.811), ("first step", -0.242), ("square root", 0.284)):
         assert by_policy[policy] == pytest.approx(0.1 * decades**2, abs=4e-3), policy
     assert by_policy["displacement"] < 2e-3
-    assert {"rank", "gain", "steps", "rank gain steps"} <= set(judged.regret["changed"])
-    summary = judged.policies.set_index(["changed", "policy"])
-    pairs = judged.regret.query("changed == 'gain' and policy == 'first step' and not is_edge")
+    assert {"rank", "gain", "steps", "rank gain steps"} <= set(judged["regret"]["changed"])
+    summary = judged["policies"].set_index(["changed", "policy"])
+    pairs = judged["regret"].query("changed == 'gain' and policy == 'first step' and not is_edge")
     assert summary.loc[("gain", "first step"), "pairs"] == len(pairs)
     assert summary.loc[("gain", "first step"), "largest"] == pytest.approx(pairs["regret"].max())
     assert summary.loc[("gain", "displacement"), "largest"] < summary.loc[("gain", "square root"), "median"]
-    assert (judged.regret["rank"] >= judged.regret["old_rank"]).all()
-    assert (judged.regret["steps"] >= judged.regret["old_steps"]).all()
+    assert (judged["regret"]["rank"] >= judged["regret"]["old_rank"]).all()
+    assert (judged["regret"]["steps"] >= judged["regret"]["old_steps"]).all()
 
 
 def test_a_rate_that_one_seed_alone_ran_is_read_from_that_seed() -> None:
@@ -797,18 +796,21 @@ def test_a_pair_with_a_best_rate_at_the_end_of_either_grid_is_marked() -> None:
         assert marks == [[64, 724, is_edge], [724, 64, is_edge]]
 
 
-def test_estimators_of_whole_curves_agree_with_the_vertex() -> None:
-    """Two ranks and two seeds with a planted exponent: alone, pooled with seeds as clusters, and in the rank."""
-    table = estimator_table(curves_of(grid(-0.7, in_rank=0.1, seeds=2), draws=20), 64)
-    table = table.set_index(["over", "at", "estimate"])
+def test_exponents_of_whole_curves_alone_and_pooled() -> None:
+    """Two ranks and two seeds with a planted exponent; a verdict stands beside the pooled one alone."""
+    curves = curves_of(grid(-0.7, in_rank=0.1, seeds=2), draws=20)
+    predicted = horizon_law.setting_exponents(curves, 64, **LAW)
+    table = horizon_law.whole_curve_exponents(curves, 64, predicted).set_index(["over", "at"])
     for at in ("8", "128", "8 128"):
-        for method in ("vertex", "quadratic", "registration"):
-            row = table.loc["gain", at, method]
-            assert row["exponent"] == pytest.approx(-0.7, abs=0.03)
-            assert (row["first"], row["second"], row["seeds"], row["edges"]) == (64, 724, 2, 0)
-            assert row["pairs"] == len(at.split())
-            assert row["standard_error"] > 0
-    assert table.loc["rank", "64 724", "quadratic"]["exponent"] == pytest.approx(0.1, abs=0.03)
+        row = table.loc["gain", at]
+        assert row["exponent"] == pytest.approx(-0.7, abs=0.03)
+        assert (row["first"], row["second"], row["seeds"], row["edge"]) == (64, 724, 2, False)
+        assert row["standard_error"] > 0
+        assert pd.isna(row["verdict"]) == (at != "8 128")
+    assert table.loc["rank", "64 724"]["exponent"] == pytest.approx(0.1, abs=0.03)
+    both = predicted[predicted["over"] == "gain"]
+    assert table.loc["gain", "8 128"]["law_low"] == both["law_low"].min() < both["law_low"].max()
+    assert table.loc["gain", "8 128"]["law_high"] == both["law_high"].max()
 
 
 def test_the_law_of_a_constant_gradient_follows_the_schedule() -> None:
@@ -822,10 +824,10 @@ def test_the_law_of_a_constant_gradient_follows_the_schedule() -> None:
     assert (factors[1]["factor"] > 1.03 * factors[0]["factor"]).all()
 
 
-def test_all_pairs_of_gains_are_compared_by_each_estimator() -> None:
+def test_all_pairs_of_gains_are_compared_by_whole_curves() -> None:
     arm = select(grid(0.0, seeds=2), rank=8, gain=64.0)
     runs = [replace(run, gain=gain) for gain in (16.0, 64.0, 724.0) for run in arm]
-    table = estimator_table(curves_of(runs, draws=20), 64)
+    table = horizon_law.whole_curve_exponents(curves_of(runs, draws=20), 64, pd.DataFrame())
     assert {(row["first"], row["second"]) for row in frames.rows(table)} == {(16, 64), (16, 724), (64, 724)}
     assert set(table["over"]) == {"gain"}
     np.testing.assert_allclose(table["exponent"], 0, atol=1e-3)
@@ -835,7 +837,7 @@ def test_all_pairs_of_gains_are_compared_by_each_estimator() -> None:
 def test_the_advice_is_the_rate_that_transfer_names(schedule) -> None:
     """The constants are the default ones, whatever the runs' own K is."""
     policy = regret.policies({64: 130.0})["advice"]
-    old, new = regret.Condition(8, 64.0, 64), regret.Condition(128, 724.0, 256)
+    old, new = Run(8, 64.0, 64), Run(128, 724.0, 256)
     run_settings = {"steps": 64, "to_steps": 256, "schedule": schedule}
     advice = transfer(Setting(8, 64.0, 1e-3), 128, alpha=724.0, **run_settings)
     assert policy(old, new, 1e-3) == pytest.approx(advice.learning_rate, rel=1e-12)
@@ -844,5 +846,5 @@ def test_the_advice_is_the_rate_that_transfer_names(schedule) -> None:
 
 def test_runs_without_measured_parts_have_the_regret_of_the_other_policies() -> None:
     """Only the displacement law needs a constant K of the runs."""
-    costs = analysis.judge_runs(grid(-0.53), TOKENS, crossing_distances=(), warmup=4).regret
+    costs = analysis.judge_runs(grid(-0.53), TOKENS, crossing_distances=(), warmup=4)["regret"]
     assert set(costs["policy"]) == {"keep the rate", "first step", "square root", "G^-0.75", "advice"}

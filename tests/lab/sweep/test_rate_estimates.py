@@ -4,10 +4,11 @@ import math
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from rora_theory.lab.sweep import analysis, results
-from rora_theory.lab.sweep.rate_estimates import rate_table, ratio_table
+from rora_theory.lab.sweep.curves import rate_table, ratio_table
 from rora_theory.lab.sweep.runs import Reading, ReadRun, SweepRun
 from rora_theory.stats.rate_curves import Curve
 
@@ -31,13 +32,13 @@ def two_losses(best: float, answer_best: float, *, seed: int = 0, rank: int = 8)
     return runs
 
 
-def analysed(runs: list[SweepRun], **others) -> analysis.SweepAnalysis:
+def analysed(runs: list[SweepRun], **others) -> dict[str, pd.DataFrame]:
     shared = {"warmup": 0, "schedule": "constant"}
     return analysis.analyse(runs, {"": (TOKENS, ANSWER_TOKENS)}, shared, **others)
 
 
 def test_both_losses_have_their_own_best_rate_with_an_interval() -> None:
-    rates = analysed(two_losses(1e-3, 5e-4)).rates.query("step == 64").set_index(["loss_on", "estimate"])
+    rates = analysed(two_losses(1e-3, 5e-4))["rates"].query("step == 64").set_index(["loss_on", "estimate"])
     for loss_on, best in (("all", 1e-3), ("answer", 5e-4)):
         for estimate in ("whole curve", "three points"):
             row = rates.loc[loss_on, estimate]
@@ -52,11 +53,11 @@ def test_runs_are_judged_by_the_loss_that_they_learned(loss_on, best) -> None:
     runs = [replace(run, loss_on=loss_on) for rank in (8, 128) for run in two_losses(1e-3, 5e-4, rank=rank)]
     higher = [replace(run, loss_on=loss_on, gain=128.0) for run in two_losses(2e-3, 1e-3)]
     judged = analysed([*runs, *higher])
-    assert judged.best.query("gain == 64")["best_rate"].to_numpy() == pytest.approx(best, rel=0.03)
-    assert judged.regret.query("old_gain == 64")["tuned_rate"].to_numpy() == pytest.approx(best, rel=0.03)
+    assert judged["best"].query("gain == 64")["best_rate"].to_numpy() == pytest.approx(best, rel=0.03)
+    assert judged["regret"].query("old_gain == 64")["tuned_rate"].to_numpy() == pytest.approx(best, rel=0.03)
     # Losses are per token of those that were learned.
-    assert judged.best["best_loss"].to_numpy() == pytest.approx(1.0, abs=0.1)
-    difference = judged.one_rate.query("step == 64")["difference"].iloc[0]
+    assert judged["best"]["best_loss"].to_numpy() == pytest.approx(1.0, abs=0.1)
+    difference = judged["one_rate"].query("step == 64")["difference"].iloc[0]
     squares = [math.log10(RATES[0] / minimum) ** 2 for minimum in (best, 2 * best)]
     assert difference == pytest.approx(0.1 * (squares[0] - squares[1]), rel=0.1)
     table = results.results_table([replace(run, key="k") for run in runs], {"": (TOKENS, ANSWER_TOKENS)})
@@ -66,7 +67,7 @@ def test_runs_are_judged_by_the_loss_that_they_learned(loss_on, best) -> None:
 
 def test_ratios_use_the_curves_of_other_runs_by_the_same_loss() -> None:
     others = {"batch_size 32": two_losses(2e-3, 5e-4)}
-    ratios = analysed(two_losses(1e-3, 5e-4), other_runs=others).ratios.query("step == 64")
+    ratios = analysed(two_losses(1e-3, 5e-4), other_runs=others)["ratios"].query("step == 64")
     ratios = ratios[ratios["compared_with"] == "batch_size 32"].set_index(["loss_on", "estimate"])
     assert ratios.loc["all", "whole curve"]["ratio"] == pytest.approx(0.5, rel=0.05)
     assert ratios.loc["answer", "whole curve"]["ratio"] == pytest.approx(1.0, rel=0.05)
