@@ -89,7 +89,7 @@ def load_scored_model(config: EvaluateOptions, origin: ModelSource) -> tuple[Mod
       InputError: If the model or the adapter cannot be read.
     """
     model = load(origin, config.dtype)
-    cli.print_notes(model.remarks)
+    cli.print_notes(origin.terms)
     return (
         (model, None)
         if config.adapter is None

@@ -102,7 +102,7 @@ def finetune_model(config: FinetuneOptions) -> None:
     check_warmup(training.warmup, len(data.train))
     layout, shardings = sharding.layout_over_all_devices(llama_config, training, split_weights=config.fsdp)
     model = llama.load(origin, training.dtype, shardings=shardings, quantization=training.quantization)
-    cli.print_notes(model.remarks if is_first else [])
+    cli.print_notes(origin.terms if is_first else [])
     folder, path = None, config.out
     if is_first:
         folder = RunFolder.open(NAME, identity, out=config.out, seed=training.seed, models=[origin])

@@ -77,7 +77,7 @@ def prune_checkpoint(config: PruneOptions) -> None:
         del identity[name]
     check_free(path_of(NAME, identity, config.out))
     model = load(origin, config.dtype)
-    cli.print_notes(model.remarks)
+    cli.print_notes(origin.terms)
     # Sizes of the pruned model, and windows of text for calibration and evaluation.
     shape = pruning.plan_shape(model.config, config.share)
     longest = model.config.max_position_embeddings

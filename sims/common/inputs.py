@@ -51,8 +51,7 @@ class ModelInputs:
         Raises:
           InputError: If the weights cannot be loaded.
         """
-        if self.origin.terms is not None:
-            cli.print_notes([self.origin.terms])
+        cli.print_notes(self.origin.terms)
         return load_model(self.origin, self.dtype)
 
     def encode(self, records: Sequence[AnyRecord], *, cutoff: int, answer_only: bool = False) -> Examples:

@@ -1,6 +1,7 @@
 """Configuration of a LLaMA, Mistral, Qwen2, Qwen3 or Gemma 3 model, read from Hugging Face's `config.json`.
 
-Every key of the file is used, known to have no effect, or refused by name.
+Keys that transformers' class of the model does not read have no effect there, and are ignored here too. A key with a
+value that would change the function computed in a way that `model` does not implement is refused by name.
 """
 
 import dataclasses
@@ -38,7 +39,7 @@ class LinearRope:
     factor: float
 
     def __post_init__(self) -> None:
-        check_between("rope factor", self.factor, 1, _MAX_FLOAT)
+        check_between("rope factor", self.factor, 1, closed="left")
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,9 @@ class Llama3Rope:
     original_max_position_embeddings: int
 
     def __post_init__(self) -> None:
-        check_between("rope factor", self.factor, 1, _MAX_FLOAT)
-        check_between("rope low_freq_factor", self.low_freq_factor, _MIN_FLOAT, _MAX_FLOAT)
-        check_between("rope high_freq_factor", self.high_freq_factor, _MIN_FLOAT, _MAX_FLOAT)
+        check_between("rope factor", self.factor, 1, closed="left")
+        check_between("rope low_freq_factor", self.low_freq_factor, 0, closed="neither")
+        check_between("rope high_freq_factor", self.high_freq_factor, 0, closed="neither")
         check_integer("rope original_max_position_embeddings", self.original_max_position_embeddings)
         if self.low_freq_factor >= self.high_freq_factor:
             raise InputError(
@@ -175,18 +176,16 @@ class LlamaConfig:
         """Parse a Hugging Face ``config.json``, with the older or the newer key names.
 
         The rotary embedding comes from ``rope_theta`` and ``rope_scaling`` or from ``rope_parameters``; both may be
-        present if they agree. Keys without an effect on the function computed are ignored: precision on disk,
-        initialisation, library versions, defaults of generation, nulls. `ignored_keys` names those that a user may
-        expect to have an effect. Every other key must be supported.
+        present if they agree. Other keys are ignored, as transformers does: precision on disk, initialisation, library
+        versions, defaults of generation.
 
         Raises:
-          InputError: A key is unknown or has an unsupported value, a size is missing, or the architecture is not
-            supported.
+          InputError: A key has an unsupported value, a size is missing, or the architecture is not supported.
         """
         if not isinstance(hf, Mapping):
             raise InputError(f"config must be a JSON object, got {type(hf).__name__}")
         # Keys with an effect. Each of the following steps removes or converts some of them.
-        values = {key: value for key, value in hf.items() if key in _KEYS or not _has_no_effect(key, value)}
+        values = {key: value for key, value in hf.items() if key in (*_KEYS, *_CONVERTED_KEYS, *_FIXED_VALUES)}
 
         # Family, and the keys that have one supported value.
         try:
@@ -200,7 +199,7 @@ class LlamaConfig:
             if key in values and (value := values.pop(key)) not in supported:
                 raise InputError(f"config: {key} must be {' or '.join(map(repr, supported))}, got {shown(value)}")
 
-        # Sizes. The number of layers is limited before anything lists the layers.
+        # Sizes, which the defaults depend on.
         missing = [name for name in _REQUIRED if values.get(name) is None]
         if missing:
             raise InputError(
@@ -208,7 +207,6 @@ class LlamaConfig:
             )
         for name in _REQUIRED:
             check_integer(f"config: {name}", values[name])
-        check_integer("config: num_hidden_layers", values["num_hidden_layers"], maximum=MAX_LAYERS)
 
         # Defaults of the family, the sliding window and the rotary embedding.
         for name in _NULL_IS_DEFAULT:
@@ -226,12 +224,6 @@ class LlamaConfig:
                 raise InputError(f"config: hidden_size must be a multiple of {heads} attention heads, got {hidden}")
             head_dim = hidden // heads
 
-        # All other keys must be fields.
-        unknown = sorted(set(values) - _KEYS)
-        if unknown:
-            key, value = unknown[0], values[unknown[0]]
-            key = key if key.isidentifier() and len(key) < 80 else shown(key)
-            raise InputError(f"config: {key} is not supported, got {shown(value)}")
         # Defaults of transformers: as many key/value heads as query heads, and 2 as the end token.
         kv_heads = values.pop("num_key_value_heads", None)
         eos = values.pop("eos_token_id", 2)
@@ -327,49 +319,12 @@ _OPTIONAL_FIELDS = {
 _KEYS = {field.name for field in dataclasses.fields(LlamaConfig)} - {"full_attention_layers"}
 """Keys of `config.json` that become fields under their own names."""
 
-MAX_LAYERS = 10_000  # loading lists the names of every layer's tensors before it reads one
 _MAX_INT = 2**31 - 1  # sizes and ids are int32 on the device
-_MIN_FLOAT, _MAX_FLOAT = 1e-37, 1e37  # within float32's range, with a margin of ten
 
-# Keys without an effect on the function computed that every saved model has: bookkeeping and initialisation.
-_BOOKKEEPING_KEYS = frozenset(
-    """
-    _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash _name_or_path
-    architectures attn_implementation base_model_pp_plan base_model_tp_plan cache_implementation
-    chunk_size_feed_forward dtype finetuning_task gradient_checkpointing id2label initializer_range
-    is_composition is_llama_config keys_to_ignore_at_inference label2id max_sequence_length num_labels
-    output_attentions output_hidden_states
-    problem_type return_dict tf_legacy_loss tokenizer_class torch_dtype torchscript transformers.js_config
-    transformers_version use_bfloat16 use_cache use_return_dict
-    """.split()  # noqa: SIM905
-)
-# Keys without an effect on the function computed that a user may expect to be followed: defaults of generation and of
-# tokenization.
-_GENERATION_KEYS = frozenset(
-    """
-    bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
-    exponential_decay_length_penalty length_penalty max_length max_new_tokens min_length no_repeat_ngram_size
-    num_beam_groups num_beams num_return_sequences output_scores prefix remove_invalid_values repetition_penalty
-    return_dict_in_generate suppress_tokens task_specific_params temperature top_k top_p typical_p
-    unsloth_fixed
-    """.split()  # noqa: SIM905
-)
 # Keys with the values that this model implements; any other value raises an error.
 _FIXED_VALUES: dict[str, tuple[Any, ...]] = {
-    "pretraining_tp": (1, None),
     "attention_dropout": (0, None),
-    "rope_interleaved": (False, None),
-    "is_decoder": (False, True),
-    "is_encoder_decoder": (False,),
-    "add_cross_attention": (False,),
-    "tie_encoder_decoder": (False,),
-    "pruned_heads": ({},),
-    "use_mrope": (False, None),
     "partial_rotary_factor": (1, None),
-    "embd_pdrop": (0, None),
-    "resid_pdrop": (0, None),
-    "hidden_dropout": (0, None),
-    "cross_attention_hidden_size": (None,),
     "quantization_config": (None,),
     "auto_map": (None,),  # names a program, which may compute anything
     "hidden_act": (),  # the family's activation is added
@@ -378,35 +333,6 @@ _FIXED_VALUES: dict[str, tuple[Any, ...]] = {
     "final_logit_softcapping": (None,),
     "use_bidirectional_attention": (False, None),
 }
-
-
-def ignored_keys(hf: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the keys of a `config.json` that have no effect, although a user may expect one.
-
-    Examples:
-      >>> ignored_keys({"hidden_size": 64, "dtype": "float32", "temperature": 0.7, "unsloth_version": "2024.9"})
-      ('temperature', 'unsloth_version')
-    """
-    return tuple(
-        sorted(
-            key
-            for key, value in hf.items()
-            if key not in _KEYS
-            and key not in _BOOKKEEPING_KEYS
-            and key not in _FIXED_VALUES
-            and _has_no_effect(key, value)
-        )
-    )
-
-
-def _has_no_effect(key: str, value: Any) -> bool:
-    """Return whether a key that is not a field of `LlamaConfig` has no effect on the function computed."""
-    if key in _BOOKKEEPING_KEYS or key in _GENERATION_KEYS:
-        return True
-    # Private notes of a library, versions of libraries, and ids that this model does not use.
-    is_private = key.startswith("_") or key.endswith(("_version", "_token_id"))
-    return is_private or (value is None and key not in _FIXED_VALUES and key not in _CONVERTED_KEYS)
-
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _CONVERTED_KEYS = (  # keys that are not fields but determine some
@@ -445,7 +371,8 @@ def _pop_window(values: dict[str, Any], family: Family) -> tuple[int | None, tup
 
     # The layers without window: all if there is no window, otherwise by Qwen's count or Gemma's period.
     count = values.pop("max_window_layers", None) or 0
-    period = values.pop("sliding_window_pattern") if family.full_layers == "any" else layers + 1
+    pattern = values.pop("sliding_window_pattern", None)
+    period = pattern if family.full_layers == "any" else layers + 1
     check_integer("config: max_window_layers", count, minimum=0)
     check_integer("config: sliding_window_pattern", period)
     full = [*range(layers)] if window is None else [*range(min(count, layers)), *range(period - 1, layers, period)]
@@ -509,7 +436,7 @@ def _pop_rope(values: dict[str, Any], family: Family) -> tuple[float, RopeScalin
     thetas = [value for value in (theta, *(base for base, _ in parsed)) if value is not None]
     # A file may repeat the base, but not contradict itself.
     for value in thetas:
-        check_between("config: rope_theta", value, _MIN_FLOAT, _MAX_FLOAT)
+        check_between("config: rope_theta", value, 0, closed="neither")
     if len(set(thetas)) > 1:
         raise InputError(f"config: rope_theta must be the same wherever it is given, got {shown(thetas)}")
     # Equal scalings collapse in the set: two that remain contradict each other.
@@ -555,9 +482,8 @@ def _validate(fields: Mapping[str, Any]) -> None:
     # Types and ranges.
     for name in (*_SIZES, "max_position_embeddings"):
         check_integer(name, fields[name])
-    check_integer("num_hidden_layers", fields["num_hidden_layers"], maximum=MAX_LAYERS)
     for name in ("rms_norm_eps", "rope_theta"):
-        check_between(name, fields[name], _MIN_FLOAT, _MAX_FLOAT)
+        check_between(name, fields[name], 0, closed="neither")
     for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
         if not isinstance(fields[name], bool):
             raise InputError(f"{name} must be true or false, got {shown(fields[name])}")
@@ -573,7 +499,7 @@ def _validate(fields: Mapping[str, Any]) -> None:
     if "query_pre_attn_scalar" in family.fields:
         check_integer("query_pre_attn_scalar", fields["query_pre_attn_scalar"])
     if "rope_local_base_freq" in family.fields:
-        check_between("rope_local_base_freq", fields["rope_local_base_freq"], _MIN_FLOAT, _MAX_FLOAT)
+        check_between("rope_local_base_freq", fields["rope_local_base_freq"], 0, closed="neither")
     _check_full_layers(fields["full_attention_layers"], fields, family)
 
     # Heads and special tokens.

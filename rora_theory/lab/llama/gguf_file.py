@@ -21,12 +21,11 @@ from jax.typing import DTypeLike
 from rora_theory import extras
 from rora_theory.errors import InputError, shown
 from rora_theory.lab.llama import rope
-from rora_theory.lab.llama.config import MAX_LAYERS, OTHER_MODELS, LinearRope, Llama3Rope, LlamaConfig, RopeScaling
+from rora_theory.lab.llama.config import OTHER_MODELS, LinearRope, Llama3Rope, LlamaConfig, RopeScaling
 from rora_theory.lab.llama.families import FAMILIES, Family
 from rora_theory.lab.llama.model import Params
 from rora_theory.lab.llama.weights import build_params, check_finite, check_shapes
 from rora_theory.runs.files import check_regular
-from rora_theory.scaling import check_integer
 
 try:
     from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor, dequantize
@@ -185,7 +184,6 @@ def config_from_gguf(reader: GGUFReader, where: str) -> LlamaConfig:
 
     # Fields of the configuration.
     layers = get(f"{architecture}.block_count", int)
-    check_integer(f"{where}: {architecture}.block_count", layers, maximum=MAX_LAYERS)
     gemma3_fields = _gemma3_fields(get, where, layers, hidden // heads, head_dim) if architecture == "gemma3" else {}
     # A file may name several end tokens, such as the end of text and the end of a turn.
     eos_ids = dict.fromkeys(token for name in END_TOKEN_KEYS if (token := get(name, int, None)) is not None)

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 from rora_theory.errors import InputError, first_line
 from rora_theory.lab.llama.config import LlamaConfig
 from rora_theory.lab.llama.identity import Storage, model_digest, read_storage
-from rora_theory.lab.llama.model_cache import cache_model, model_cache_folder
 from rora_theory.lab.llama.weights import weight_files
-from rora_theory.runs.files import check_regular, read_object
+from rora_theory.runs import digests
+from rora_theory.runs.files import check_regular, read_object, temporary_path
 
 
 class BuiltIn(NamedTuple):
@@ -108,9 +108,9 @@ class ModelSource:
         }
 
     @property
-    def terms(self) -> str | None:
-        """Sentence on the terms of use of a built-in model; None for others."""
-        return (BUILT_IN[self.name].terms if self.name in BUILT_IN else "") or None
+    def terms(self) -> list[str]:
+        """Sentences on the terms of use for the user of a command; none for a model of an open-source licence."""
+        return [BUILT_IN[self.name].terms] if self.name in BUILT_IN and BUILT_IN[self.name].terms else []
 
     @cached_property
     def license(self) -> str | None:
@@ -143,7 +143,7 @@ def locate(name: str | Path, revision: str | None = None) -> ModelSource:
     - A hub id ``owner/name`` is downloaded to huggingface_hub's cache. The revision is resolved to a commit, and the
       configuration is checked before the weights are fetched. Cached files are used if the hub cannot be reached.
     - A built-in name is the first of: the hub's model in the cache, the GGUF file of an installed package, the hub's
-      model, downloaded. A GGUF file in parts is joined once, in `rora_theory.lab.llama.model_cache`.
+      model, downloaded. A GGUF file in parts is joined once, in the user's cache.
 
     Args:
       name: Path, hub id or built-in name.
@@ -220,24 +220,28 @@ def _packaged(built_in: BuiltIn) -> Path | None:
     parts = [path for name in built_in.parts for path in _installed_files(name, r".+\.gguf\.part[0-9]+")]
     if len(parts) != len(built_in.parts):
         return None
-    name = parts[0].name.rpartition(".part")[0]
-    joined = model_cache_folder(built_in.sha256) / name
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    joined = cache / "rora-theory" / "models" / built_in.sha256 / parts[0].name.rpartition(".part")[0]
     # The digest was checked when the file was written; the size shows whether it has been truncated since.
     if joined.is_file() and joined.stat().st_size == sum(part.stat().st_size for part in parts):
         return joined
 
-    # Join the parts in their order; the digest of the whole shows damage in any of them.
-    def write(folder: Path) -> None:
-        with (folder / name).open("xb") as output:
+    # Join the parts in their order beside the file, and rename: processes that do so at once write the same bytes.
+    new = temporary_path(joined)
+    try:
+        joined.parent.mkdir(parents=True, exist_ok=True)
+        with new.open("xb") as output:
             for part in parts:
                 with part.open("rb") as file:
                     shutil.copyfileobj(file, output)
-
-    remedy = f"a part is damaged. Reinstall {', '.join(built_in.parts)}."
-    try:
-        return cache_model(built_in.sha256, name, write, remedy=remedy)
+        if digests.of_file(new) != built_in.sha256:
+            raise InputError(f"{joined}: not written, as a part is damaged. Reinstall {', '.join(built_in.parts)}.")
+        new.replace(joined)
     except OSError as error:
         raise InputError(f"{joined}: cannot be written: {error.strerror or error}") from error
+    finally:
+        new.unlink(missing_ok=True)
+    return joined
 
 
 def _installed_files(distribution: str, pattern: str) -> list[Path]:

@@ -7,13 +7,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from rora_theory.errors import InputError
-from rora_theory.lab.llama.config import LlamaConfig, ignored_keys
+from rora_theory.lab.llama.config import LlamaConfig
 from rora_theory.lab.llama.hub import ModelSource, locate
 from rora_theory.lab.llama.model import Params
 from rora_theory.lab.llama.quantised import QUANTIZATIONS
 from rora_theory.lab.llama.tokenizer import Tokenizer
-from rora_theory.lab.llama.weights import abbreviate_names, load_hf, parse_dtype, read_config
-from rora_theory.runs.files import read_object
+from rora_theory.lab.llama.weights import load_hf, parse_dtype, read_config
 from rora_theory.scaling import check_choice
 
 
@@ -26,23 +25,12 @@ class Model:
       config: Configuration of the model.
       tokenizer: Tokenizer of the model. Its ``pad_id`` is None if the model has no embedding for that token.
       origin: Source of the files.
-      ignored: Keys of its `config.json` that have no effect, see `config.ignored_keys`.
     """
 
     params: Params
     config: LlamaConfig
     tokenizer: Tokenizer
     origin: ModelSource
-    ignored: tuple[str, ...] = ()
-
-    @property
-    def remarks(self) -> list[str]:
-        """Notes for the user of a command: terms of use, keys of the configuration that have no effect."""
-        remarks = [] if self.origin.terms is None else [self.origin.terms]
-        if self.ignored:
-            keys = abbreviate_names(self.ignored)
-            remarks.append(f"{self.source / 'config.json'}: ignored, as the output does not depend on it: {keys}")
-        return remarks
 
     @property
     def source(self) -> Path:
@@ -85,15 +73,13 @@ def load(
     origin = path_or_repo if isinstance(path_or_repo, ModelSource) else locate(path_or_repo, revision)
     # The small files first: a model that is not supported fails before its weights are read.
     source, config, tokenizer = origin.path, model_config(origin), model_tokenizer(origin)
-    ignored: tuple[str, ...] = ()
     if source.is_dir():
-        ignored = ignored_keys(read_object(source / "config.json"))
         params = load_hf(source, config, dtype, shardings, quantization)
     else:
         from rora_theory.lab.llama.gguf_file import load_gguf, open_gguf
 
         params = load_gguf(open_gguf(source), source, config, dtype, shardings, quantization)
-    return Model(params, config, tokenizer, origin, ignored)
+    return Model(params, config, tokenizer, origin)
 
 
 def model_config(origin: ModelSource) -> LlamaConfig:

@@ -38,7 +38,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-_EMBEDDINGS = "model.embed_tokens.weight"
 _FLOAT_TYPES = ("BF16", "F16", "F32", "F64")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Mask of the exponent of each dtype, and the integer type of its bits.
@@ -261,19 +260,15 @@ def load_hf(
     # Early checkpoints store the rotary frequencies, which the configuration determines.
     for name in [name for name in headers if name.endswith(".rotary_emb.inv_freq")]:
         del headers[name]
-    # A tied model may store its output matrix again, which must then equal the embeddings.
-    output_name = "lm_head.weight" if config.tie_word_embeddings else ""
-    output = headers.pop(output_name, None)
+    # A tied model may store its output matrix again. As in transformers, the embeddings take its place.
+    if config.tie_word_embeddings:
+        headers.pop("lm_head.weight", None)
     check_shapes(str(folder), {name: header.shape for name, header in headers.items()}, config)
     for name, header in headers.items():
         if header.dtype not in _FLOAT_TYPES:
             raise InputError(
                 f"{header.file}: {name} must be of a type among {', '.join(_FLOAT_TYPES)}, got {header.dtype}"
             )
-    if output is not None and not _are_equal(output, output_name, headers[_EMBEDDINGS], _EMBEDDINGS):
-        raise InputError(
-            f"{output.file}: lm_head.weight must equal the embeddings, because config.json has tie_word_embeddings true"
-        )
 
     def read(names: list[str], out: np.ndarray) -> None:
         # Close the files after each leaf, so that mapped pages do not add up to a second model.
@@ -419,24 +414,12 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
     """Read the headers of all tensors in the safetensors files that `load_hf` reads.
 
     Raises:
-      InputError: A file is missing, truncated or outside the folder, or it contradicts the index.
+      InputError: A file is missing, truncated or outside the folder.
     """
-    if os.path.exists(folder / SINGLE):
-        return dict(_file_headers(folder / SINGLE))
-    file_of_tensor = read_weight_map(folder)
     headers: dict[str, TensorHeader] = {}
-    # The headers must agree with the index in both directions.
-    for file in sorted(set(file_of_tensor.values())):
-        if not os.path.exists(folder / file):
-            raise InputError(f"{folder / file}: no such file, though {INDEX} names it")
-        for name, header in _file_headers(folder / file):
-            if file_of_tensor.get(name) != file:
-                raise InputError(f"{folder / file}: holds {name}, which {INDEX} places in {file_of_tensor.get(name)}")
-            headers[name] = header
-    missing = [name for name in file_of_tensor if name not in headers]
-    if missing:
-        path = folder / file_of_tensor[missing[0]]
-        raise InputError(f"{path}: lacks {abbreviate_names(missing)}, which {INDEX} places there")
+    for file in weight_files(folder):
+        if file.name != INDEX:
+            headers |= _file_headers(file)
     return headers
 
 
@@ -458,11 +441,12 @@ def _explain_missing_weights(folder: Path) -> str:
     return f"{folder}: no weights. It must contain {SINGLE}, or shards and {INDEX}."
 
 
-def _file_headers(file: Path) -> Iterator[tuple[str, TensorHeader]]:
+def _file_headers(file: Path) -> dict[str, TensorHeader]:
     with _open(file) as handle:
-        for name in handle.keys():  # noqa: SIM118 (not a mapping)
-            tensor = handle.get_slice(name)
-            yield name, TensorHeader(file, tuple(tensor.get_shape()), tensor.get_dtype())
+        tensors = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (not a mapping)
+        return {
+            name: TensorHeader(file, tuple(tensor.get_shape()), tensor.get_dtype()) for name, tensor in tensors.items()
+        }
 
 
 def _open(file: Path) -> Any:
@@ -473,13 +457,6 @@ def _open(file: Path) -> Any:
         return safe_open(file, framework="np")
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file}: truncated, or not a safetensors file: {error}") from None
-
-
-def _are_equal(first: TensorHeader, first_name: str, second: TensorHeader, second_name: str) -> bool:
-    with _open(first.file) as first_file, _open(second.file) as second_file:
-        return first.shape == second.shape and np.array_equal(
-            first_file.get_tensor(first_name), second_file.get_tensor(second_name)
-        )
 
 
 def _leaves(tree: Params) -> Iterator[tuple[tuple[str, ...], Any]]:

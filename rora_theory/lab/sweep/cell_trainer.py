@@ -127,7 +127,7 @@ class CellTrainer:
         self.model = llama.load(self._find(model), jnp.dtype(self.shared.dtype), quantization=quantization)
         # Compiled steps of another model would not be used again.
         self._opened, self.steps = (model, quantization), SharedSteps()
-        return list(self.model.remarks)
+        return self.model.origin.terms
 
     def _find(self, model: str) -> llama.ModelSource:
         located = self.located[model]

@@ -206,7 +206,7 @@ def test_a_field_of_the_wrong_type_is_refused_by_name():
     assert config_from_gguf(Metadata(FIELDS), "file") == dataclasses.replace(CONFIG, tie_word_embeddings=True)
     errors = (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), IndexError("list index"))
     for key, kind in TYPES.items():
-        for value in (*WRONG, *errors, 10**30 if kind is int else 1e300):
+        for value in (*WRONG, *errors, *([10**30] if kind is int else [])):
             if type(value) is kind and value in (7, 2.5):
                 continue
             if key.endswith("original_context_length") and value == 10**30:

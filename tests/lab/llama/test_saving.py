@@ -110,6 +110,3 @@ def test_a_model_that_transformers_saved_is_loaded(saved, tmp_path):
         path.write_text(json.dumps(json.loads(path.read_text()) | more))
         model = load(tmp_path / "theirs")
         np.testing.assert_allclose(forward(model.params, jnp.array(tokens), model.config), expected, rtol=0, atol=1e-5)
-        assert bool(model.remarks) == bool(more)
-    assert set(older) - {"_attn_implementation_autoset"} <= set(model.ignored)
-    assert "config.json: ignored" in model.remarks[0]

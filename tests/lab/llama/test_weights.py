@@ -74,17 +74,14 @@ def test_any_float_type_becomes_the_requested_one(file_dtype, dtype, write, tiny
     np.testing.assert_array_equal(np.asarray(weight[1]), expected)
 
 
-def test_a_tied_head_may_be_stored_if_it_equals_the_embeddings(write, tiny, draw_tensors, draw_params):
-    """Early checkpoints also hold the rotary frequencies."""
+def test_tensors_that_the_configuration_replaces_are_not_read(write, tiny, draw_tensors, draw_params):
+    """A tied model may store a head, and early checkpoints hold the rotary frequencies."""
     tied = dataclasses.replace(tiny, tie_word_embeddings=True)
     weights, folder = draw_tensors(tied), write(tied)
-    embeddings = weights["model.embed_tokens.weight"]
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
-    save_file(weights | {"lm_head.weight": embeddings}, folder / SINGLE)
+    save_file(weights, folder / SINGLE)
     assert equal(load_hf(folder, tied), draw_params(tied))
-    save_file(weights | {"lm_head.weight": embeddings + 1}, folder / SINGLE)
-    with pytest.raises(InputError, match=r"lm_head\.weight .*embeddings"):
-        load_hf(folder, tied)
 
 
 @pytest.mark.parametrize(
@@ -199,8 +196,6 @@ def test_a_folder_without_weights_or_configuration(tmp_path, tiny):
         ({"model.norm.weight": "weights.bin"}, r"names 'weights\.bin'"),
         ({"model.norm.weight": 3}, "names 3"),
         ({"model.norm.weight": "absent.safetensors"}, r"absent\.safetensors: no such file"),
-        ({"model.norm.weight": "model-00002-of-00002.safetensors"}, "which .* places in"),
-        ({"model.extra.weight": "model-00002-of-00002.safetensors"}, r"lacks model\.extra\.weight"),
     ],
 )
 def test_a_bad_index_is_refused(index, message, write, tiny, tmp_path):
