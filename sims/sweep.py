@@ -30,7 +30,7 @@ from rora_theory.lab.sweep.cell_trainer import CellTrainer
 from rora_theory.lab.sweep.cells import SweepCell, cell_states, describe_models, replace_with_scored
 from rora_theory.lab.sweep.design import AXES, BASE
 from rora_theory.lab.sweep.plan import SweepConfig, SweepPlan, plan_sweep
-from rora_theory.runs import devices
+from rora_theory.runs import devices, frames
 from rora_theory.runs.cells import CELLS_FOLDER
 from rora_theory.runs.cluster import ClusterConfig
 from rora_theory.runs.folder import RunFolder, check_free, path_of
@@ -133,7 +133,7 @@ def run_matrix(config: SweepOptions) -> None:
         # Runs of one length are compared: the longest ones, and the base model, which has none.
         longest = ends[(ends["steps"] == ends["steps"].max()) | (ends["method"] == BASE)]
         compared = differences.method_differences(longest, losses, path / CELLS_FOLDER)
-        folder.write_frame(differences.difference_table(compared), "differences.csv")
+        folder.write_frame(frames.from_rows(compared, differences.COLUMNS), "differences.csv")
     if failed is not None:
         raise failed
     law: dict[str, Any] = {"crossing_distances": crossing_distances, "linear_terms": linear_terms}

@@ -9,7 +9,6 @@ differ.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +31,7 @@ RECORD, ITEM = ["source", "index", "tokens", "answer_tokens"], ["task", "index"]
 """Columns that must be equal in the losses, and in the answers, of two cells."""
 
 Rates = Literal["same", "own", "best"]
-"""Choice of the two learning rates, see `Difference`."""
+"""Choice of the two learning rates, see `COLUMNS`."""
 
 Row = Mapping[str, Any]
 """Row of `results.csv`."""
@@ -41,66 +40,24 @@ Group = dict[int | None, Row]
 """Cells of one model, method, rank, alpha and learning rate, by seed; the base has the seed None."""
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Difference ``method`` minus ``against``; negative losses and positive accuracies favour ``method``.
+COLUMNS = (
+    "model", "method", "against", "rates", "rank", "alpha", "learning_rate", "against_rate", "seeds", "loss",
+    "loss_error", "loss_seed_error", "grid_error", "answer_loss", "answer_error", "answer_seed_error", "average",
+    "average_error", "average_seeds", *(f"{task}{suffix}" for task in TASKS for suffix in ("", "_error")),
+)  # fmt: skip
+"""Columns of `differences.csv`: ``method`` minus ``against``. Negative losses favour ``method``, positive accuracies too.
 
-    Attributes:
-      model: Name of the model.
-      method: Name of the first method.
-      against: Name of the second method.
-      rates: ``same`` if both have the same learning rate (the base has none); ``own`` if each has the only rate that it
-        was run at; ``best`` if each has its best rate, chosen at one seed (`results.marked_rates`) on the same records.
-      rank: Rank of ``method``, or of ``against`` if ``method`` has none.
-      alpha: Alpha of ``method``, or of ``against`` if ``method`` has none.
-      learning_rate: Learning rate of ``method``.
-      against_rate: Learning rate of ``against``.
-      seeds: Number of seeds that both have.
-      loss: Difference of the losses over all tokens, in nats per token.
-      loss_error: Standard error of ``loss`` over records.
-      loss_seed_error: Standard error of ``loss`` over seeds; None for one seed.
-      grid_error: Bound on how far a minimum between the tried rates may lie below the loss at the best rate, the larger
-        of the two (`results.marked_rates`). None if there is no bound or ``rates`` is not ``best``.
-      answer_loss: Difference of the losses over the answers' tokens.
-      answer_error: Standard error of ``answer_loss`` over records.
-      answer_seed_error: Standard error of ``answer_loss`` over seeds; None for one seed.
-      average: Difference of the accuracies, an unweighted mean over tasks; None if one method is not scored.
-      average_error: Standard error of ``average`` over items.
-      average_seeds: Number of seeds for which both are scored.
-      tasks: Differences of the accuracies by task; empty if one method is not scored.
-    """
-
-    model: str
-    method: str
-    against: str
-    rates: Rates
-    rank: int | None
-    alpha: float | None
-    learning_rate: float
-    against_rate: float | None
-    seeds: int
-    loss: float
-    loss_error: float
-    loss_seed_error: float | None
-    grid_error: float | None
-    answer_loss: float
-    answer_error: float
-    answer_seed_error: float | None
-    average: float | None
-    average_error: float | None
-    average_seeds: int
-    tasks: Mapping[str, Estimate] = field(default_factory=dict)
-
-
-def difference_table(differences: Iterable[Difference]) -> pd.DataFrame:
-    """Return `differences.csv`, with a row for each difference and columns ``TASK`` and ``TASK_error``."""
-    rows = []
-    for difference in differences:
-        rows.append(dict(vars(difference)))
-        for task, accuracy in difference.tasks.items():
-            rows[-1] |= {task: accuracy.value, f"{task}_error": accuracy.error}
-    names = [column.name for column in fields(Difference) if column.name != "tasks"]
-    return frames.from_rows(rows, [*names, *(f"{task}{suffix}" for task in TASKS for suffix in ("", "_error"))])
+- ``rates`` is ``same`` if both have the same learning rate (the base has none); ``own`` if each has the only rate that
+  it was run at; ``best`` if each has its best rate, chosen at one seed (`results.marked_rates`) on the same records.
+- ``rank`` and ``alpha`` are those of ``method``, or of ``against`` if ``method`` has none.
+- ``seeds`` is the number of seeds that both have.
+- ``loss`` is over all tokens and ``answer_loss`` over those of the answers, in nats per token. Their ``_error`` is over
+  records, ``_seed_error`` over seeds and missing for one seed.
+- ``grid_error`` bounds how far a minimum between the tried rates may lie below the loss at the best rate, the larger of
+  the two. It is missing without a bound, and unless ``rates`` is ``best``.
+- ``average`` is the difference of the accuracies, an unweighted mean over tasks, with its error over items, over the
+  ``average_seeds`` for which both are scored; the tasks follow. All are missing if one method is not scored.
+"""
 
 
 def collect_record_losses(runs: Iterable[SweepRun], records: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -113,7 +70,7 @@ def collect_record_losses(runs: Iterable[SweepRun], records: pd.DataFrame) -> di
     return losses
 
 
-def method_differences(rows: pd.DataFrame, losses: Mapping[str, pd.DataFrame], cells: Path) -> Iterator[Difference]:
+def method_differences(rows: pd.DataFrame, losses: Mapping[str, pd.DataFrame], cells: Path) -> Iterator[dict[str, Any]]:
     """Compare every method with the base and with LoRA.
 
     A method with a rank is compared with LoRA of the same rank and alpha, a method without a rank with every LoRA.
@@ -122,6 +79,9 @@ def method_differences(rows: pd.DataFrame, losses: Mapping[str, pd.DataFrame], c
       rows: Rows of `results.csv` at the end of each run, without further axes.
       losses: Losses of the held-out records by key, see `collect_record_losses`.
       cells: Folder of the cells, with their answers by item.
+
+    Yields:
+      The rows of `differences.csv`, with those of the columns `COLUMNS` that are known.
 
     Raises:
       InputError: If two cells were measured on different records, or if a cell's file is missing or damaged.
@@ -177,8 +137,8 @@ def compare_cells(
     cells: Path,
     rates: Rates,
     grid_error: float | None = None,
-) -> Iterator[Difference]:
-    """Yield the difference of two groups, if they have a seed in common; the base stands for every seed."""
+) -> Iterator[dict[str, Any]]:
+    """Yield the row of two groups, if they have a seed in common; the base stands for every seed."""
     # Pairs of the same seed. The base model is not trained, so it pairs with every seed.
     base = against.get(None)
     pairs = [(row, base or against[seed]) for seed, row in group.items() if base or seed in against]
@@ -188,32 +148,19 @@ def compare_cells(
     (loss, loss_by_seed), (answer, answer_by_seed) = _losses(pairs, record_losses)
     # Accuracies are compared over the seeds at which both were scored.
     scored = [(row, other) for row, other in pairs if None not in (row["average"], other["average"])]
-    average, tasks = _accuracies(scored, cells) if scored else (None, {})
+    accuracies = _accuracies(scored, cells) if scored else {}
     # All pairs have the same settings except for the seed, so the first one describes them.
     row, other = pairs[0]
     ranked = row if row["rank"] else other
-    yield Difference(
-        model=row["model"],
-        method=row["method"],
-        against=other["method"],
-        rates=rates,
-        rank=ranked["rank"],
-        alpha=ranked["alpha"],
-        learning_rate=row["learning_rate"],
-        against_rate=other["learning_rate"],
-        seeds=len(pairs),
-        loss=loss.value,
-        loss_error=loss.error,
-        loss_seed_error=loss_by_seed.known_error,
-        grid_error=grid_error,
-        answer_loss=answer.value,
-        answer_error=answer.error,
-        answer_seed_error=answer_by_seed.known_error,
-        average=average.value if average else None,
-        average_error=average.error if average else None,
-        average_seeds=len(scored),
-        tasks=tasks,
-    )
+    labels = {"model": row["model"], "method": row["method"], "against": other["method"], "rates": rates}
+    labels |= {"rank": ranked["rank"], "alpha": ranked["alpha"]}
+    labels |= {"learning_rate": row["learning_rate"], "against_rate": other["learning_rate"], "seeds": len(pairs)}
+    columns = {"loss": loss.value, "loss_error": loss.error, "loss_seed_error": loss_by_seed.known_error}
+    columns |= {"grid_error": grid_error, "answer_loss": answer.value, "answer_error": answer.error}
+    columns |= {"answer_seed_error": answer_by_seed.known_error, "average_seeds": len(scored)}
+    for name, accuracy in accuracies.items():
+        columns |= {name: accuracy.value, f"{name}_error": accuracy.error}
+    yield labels | columns
 
 
 def _losses(pairs: Sequence[tuple[Row, Row]], by_key: Mapping[str, pd.DataFrame]) -> list[tuple[Estimate, Estimate]]:
@@ -233,8 +180,8 @@ def _losses(pairs: Sequence[tuple[Row, Row]], by_key: Mapping[str, pd.DataFrame]
     ]
 
 
-def _accuracies(pairs: Sequence[tuple[Row, Row]], cells: Path) -> tuple[Estimate, dict[str, Estimate]]:
-    """Compute the differences of the average accuracy and of each task's, with standard errors over items."""
+def _accuracies(pairs: Sequence[tuple[Row, Row]], cells: Path) -> dict[str, Estimate]:
+    """Compute the differences of the ``average`` accuracy and of each task's, with standard errors over items."""
     by_task: dict[str, list[np.ndarray]] = {}
     paths = [[results.cell_file(cells, row["key"], results.ANSWERS) for row in pair] for pair in pairs]
     answers = [[results.read_answers(path) for path in pair] for pair in paths]
@@ -244,7 +191,9 @@ def _accuracies(pairs: Sequence[tuple[Row, Row]], cells: Path) -> tuple[Estimate
         for task, difference in (first["correct"] - second["correct"]).groupby(first["task"], sort=False):
             by_task.setdefault(task, []).append(difference.to_numpy())
     tasks = {task: np.stack(by_seed) for task, by_seed in by_task.items()}
-    return mean_of_groups(list(tasks.values())), {task: mean_of_groups([items]) for task, items in tasks.items()}
+    return {"average": mean_of_groups(list(tasks.values()))} | {
+        task: mean_of_groups([items]) for task, items in tasks.items()
+    }
 
 
 def _check_same(

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 
 from rora_theory.errors import InputError
 from rora_theory.lab.sweep import differences, results
-from rora_theory.lab.sweep.differences import Difference, difference_table
+from rora_theory.lab.sweep.differences import COLUMNS
 from rora_theory.runs import frames
 from rora_theory.stats.rate_optimum import grid_gap
 
@@ -31,11 +32,16 @@ def row(key: str, rank: int | None = 8, rate: float | None = 0.001, **values: An
     return identity | setting | values
 
 
-def compare(rows: Iterable[dict[str, Any]], cells: Path) -> list[Difference]:
+def difference_rows(rows: Iterable[dict[str, Any]], cells: Path) -> list[dict[str, Any]]:
     losses = {
         path.parent.name: pd.read_csv(path).rename(columns={"file": "source"}) for path in cells.glob("*/losses.csv")
     }
     return list(differences.method_differences(frames.from_rows(rows, results.COLUMNS), losses, cells))
+
+
+def compare(rows: Iterable[dict[str, Any]], cells: Path) -> list[SimpleNamespace]:
+    """Return the differences with their columns as attributes, None where a column is missing."""
+    return [SimpleNamespace(**dict.fromkeys(COLUMNS) | row) for row in difference_rows(rows, cells)]
 
 
 def write_cell(
@@ -52,7 +58,7 @@ def write_cell(
         (folder / key / "answers.csv").write_text("\n".join(["task,index,prediction,correct", *answers]) + "\n")
 
 
-def select(rows: Iterable[Difference], method: str, against: str, rates: str = "same") -> Difference:
+def select(rows: Iterable[SimpleNamespace], method: str, against: str, rates: str = "same") -> SimpleNamespace:
     (difference,) = [row for row in rows if (row.method, row.against, row.rates) == (method, against, rates)]
     return difference
 
@@ -75,9 +81,9 @@ def test_losses_and_accuracies_are_paired(tmp_path):
     assert difference.average == pytest.approx((0 - 0.5) / 2)  # task s: +1 and -1 of 4; task t: -1 of 2
     assert difference.average_error == pytest.approx(math.sqrt((2 / 3) / 4 + 0.5 / 2) / 2, rel=1e-12)
     assert (difference.seeds, difference.average_seeds, difference.rank, difference.alpha) == (1, 1, 8, 64.0)
-    assert {task: gain.value for task, gain in difference.tasks.items()} == {"s": 0.0, "t": -0.5}
-    assert difference.tasks["s"].error == pytest.approx(math.sqrt((2 / 3) / 4), rel=1e-12)  # the pairs: +1, -1, 0, 0
-    assert difference.tasks["t"].error == pytest.approx(math.sqrt(0.5 / 2), rel=1e-12)
+    assert (difference.s, difference.t) == (0.0, -0.5)
+    assert difference.s_error == pytest.approx(math.sqrt((2 / 3) / 4), rel=1e-12)  # the pairs: +1, -1, 0, 0
+    assert difference.t_error == pytest.approx(math.sqrt(0.5 / 2), rel=1e-12)
     gain = select(compared, "lora", "base")
     assert gain.loss == pytest.approx(-104 / 60, rel=1e-14)
     assert gain.average == pytest.approx((0.25 + 0.5) / 2)
@@ -176,7 +182,8 @@ def test_a_difference_of_accuracies_needs_both_scored_and_may_be_zero(tmp_path):
         write_cell(tmp_path, key, correct=correct)
     compared = compare([row("base"), row("l", average=0.5), row("r", average=0.5)], tmp_path)
     unscored = select(compared, "rora", "base")
-    assert (unscored.average, unscored.average_error, unscored.average_seeds, unscored.tasks) == (None, None, 0, {})
+    assert (unscored.average, unscored.average_error, unscored.average_seeds) == (None, None, 0)
+    assert not hasattr(unscored, "s")
     scored = select(compared, "rora", "lora")
     assert (scored.average, scored.average_error, scored.average_seeds) == (0.0, pytest.approx(1.0), 1)
 
@@ -222,11 +229,11 @@ def test_other_records_or_items_are_refused(tmp_path, name, changed_cells, old, 
 def test_the_table_has_a_line_for_each_difference(tmp_path):
     for key, loss, correct in (("l", 1.0, None), ("r", 2.0, None), ("b", 2.0, [1, 0]), ("l-scored", 1.0, [1, 1])):
         write_cell(tmp_path, key, [loss, 1.0, 1.0], correct and {"piqa": correct})
-    table = difference_table(compare([row("l"), row("r")], tmp_path))
+    table = frames.from_rows(difference_rows([row("l"), row("r")], tmp_path), COLUMNS)
     (line,) = table.itertuples()
     assert frames.to_csv(table).splitlines()[1] == (
         f"m,rora,lora,same,8,64.0,0.001,0.001,1,{1 / 60},{line.loss_error},,,0.125,{line.answer_error},,,,0" + 16 * ","
     )
     rows = [row("b", average=0.5), row("l-scored", average=1.0)]
-    (line,) = frames.rows(difference_table(compare(rows, tmp_path)))
+    (line,) = frames.rows(frames.from_rows(difference_rows(rows, tmp_path), COLUMNS))
     assert (line["piqa"], line["piqa_error"], line["average"], line["boolq"]) == (0.5, 0.5, 0.5, None)
