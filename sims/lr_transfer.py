@@ -19,10 +19,10 @@ import pandas as pd
 
 from rora_theory.errors import InputError
 from rora_theory.lab.sweep import controlled_grid
-from rora_theory.lab.sweep.controlled import Model, ProblemSize
+from rora_theory.lab.sweep.controlled import Model, ProblemConfig
 from rora_theory.lab.sweep.controlled_grid import ControlledCell, ControlledGrid, JudgedLoss
 from rora_theory.optimizers import OptimizerName
-from rora_theory.runs import devices, frames
+from rora_theory.runs import devices
 from rora_theory.runs.cluster import ClusterConfig
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.reading import flatten
@@ -55,8 +55,8 @@ class RateGrid(ControlledGrid):
     sgd_lrs: tuple[float, ...] = tuple(2.0 ** (k / 2) for k in range(-14, 22))
     steps: tuple[int, ...] = (100,)
     seeds: tuple[int, ...] = tuple(range(12))
-    problem: ProblemSize = field(
-        default_factory=lambda: ProblemSize(
+    problem: ProblemConfig = field(
+        default_factory=lambda: ProblemConfig(
             p_in=128, hidden=64, p_out=16, samples=256, held_out=256, overlap=0.3, teacher_rank=4, noise=0.1
         )
     )
@@ -88,8 +88,7 @@ def measure_rate_transfer(config: LrTransferOptions) -> None:
     folder = RunFolder.open(NAME, flatten(grid), out=config.out, seed=grid.seed, extra=extra)
 
     def work(cell: ControlledCell, _: Path) -> list[dict[str, Any]]:
-        rows = controlled_grid.train_cell(grid, cell, ("loss_train", "loss_held_out"))
-        return frames.rows(controlled_grid.losses_at_end(frames.from_rows(rows, list(rows[0]))))
+        return controlled_grid.losses_at_end(controlled_grid.train_cell(grid, cell))
 
     losses = run_table(
         controlled_grid.cells_of(grid), work, folder, controlled_grid.LOSS_COLUMNS, runner=runner, title="rates"

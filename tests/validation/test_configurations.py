@@ -85,10 +85,10 @@ INVALID: dict[type, dict[str, tuple]] = {
     | {"alpha": (-1.0, 0.0), "lr": (0.0,), "draws": (1, 2_000_000_000), "relative_error": (0.0, -0.1, 1e-9)}
     | {"seed": (-1,)},
     ProblemConfig: same_values("p_in hidden p_out samples held_out teacher_rank", 0)
-    | {"noise": (-1.0,), "overlap": (-0.1, 1.5), "model": ("cnn",)},
+    | {"noise": (-1.0,), "overlap": (-0.1, 1.5)},
     RateGrid: {"adam_lrs": ((1.0, 2.0),), "sgd_lrs": ((1.0, 2.0),)},
     ControlledGrid: {"ranks": ((4,), (4, 4)), "rules": (("lora", 1.0), ("best",), (0.5, "rora"))}
-    | {"optimizers": (("lion",),), "models": ((),)}
+    | {"optimizers": (("lion",),), "models": ((), ("cnn",))}
     | {"adam_lrs": ((), (1.0, 1.0)), "sgd_lrs": ((1.0, -1.0),), "steps": ((2, 1), (0,))}
     | {"seeds": ((1,), (0, 2**32)), "gamma": (0.0,), "reference_rank": (0,), "seed": (-1,)},
     ClusterConfig: {"workers": (0,), "cell_cpus": (0.0,), "cell_gpus": (-1.0,), "cell_memory": (0.0, NAN)}

@@ -23,14 +23,13 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from rora_theory.errors import InputError
 from rora_theory.laws.random import nested
 from rora_theory.optimizers import OptimizerName, make_optimizer
-from rora_theory.scaling import check_between, check_choice
+from rora_theory.scaling import check_between
 from rora_theory.validation.ranges import Count, NotNegative, check_ranges
 from rora_theory.validation.rules import check_steps
 
@@ -38,9 +37,6 @@ Model = Literal["linear", "mlp"]
 """Architecture of teacher and student."""
 
 MODELS: tuple[Model, ...] = get_args(Model)
-
-DIVERGED = 10.0
-"""Factor over its initial value at which a training loss counts as diverged, like a loss that is not finite."""
 
 Weights = tuple[Float[Array, "_out _in"], ...]
 """Frozen weight W of each layer."""
@@ -50,7 +46,7 @@ Adapters = tuple[dict[str, Array], ...]
 
 
 @dataclass(frozen=True)
-class ProblemSize:
+class ProblemConfig:
     """Sizes and distribution of the problem.
 
     Raises:
@@ -78,6 +74,12 @@ class ProblemSize:
         check_ranges(self)
         check_between("overlap", self.overlap, 0, 1)
 
+    def shapes(self, model: Model) -> tuple[tuple[int, int], ...]:
+        """Return the shape (out, in) of each layer of a model."""
+        if model == "linear":
+            return ((self.p_out, self.p_in),)
+        return ((self.hidden, self.p_in), (self.p_out, self.hidden))
+
     def check_ranks(self, ranks: Sequence[int]) -> None:
         """Raise `InputError` if the teacher's change has a higher rank than the smallest adapter."""
         if self.teacher_rank > min(ranks):
@@ -85,25 +87,6 @@ class ProblemSize:
                 f"teacher_rank must be at most the smallest rank, {min(ranks)}, so that every adapter can represent "
                 f"the teacher; got {self.teacher_rank}"
             )
-
-
-@dataclass(frozen=True)
-class ProblemConfig(ProblemSize):
-    """Settings of the problem: sizes, distribution and model."""
-
-    model: Model = "linear"
-    """Model: linear [p_out, p_in], or mlp [p_out, hidden] tanh [hidden, p_in]"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("model", self.model, MODELS)
-
-    @property
-    def shapes(self) -> tuple[tuple[int, int], ...]:
-        """Shape (out, in) of each layer."""
-        if self.model == "linear":
-            return ((self.p_out, self.p_in),)
-        return ((self.hidden, self.p_in), (self.p_out, self.hidden))
 
 
 class Problem(NamedTuple):
@@ -142,10 +125,10 @@ class Measures(NamedTuple):
     delta_frobenius: Float[Array, "*s"]
 
 
-def draw_problem(key: PRNGKeyArray, config: ProblemConfig) -> Problem:
+def draw_problem(key: PRNGKeyArray, config: ProblemConfig, model: Model) -> Problem:
     """Sample the base, the teacher and the inputs; base weights are N(0, 1/in)."""
     # Inputs that share the direction ``shared``.
-    inputs_key, noise_key, *layer_keys = jax.random.split(key, 2 + len(config.shapes))
+    inputs_key, noise_key, *layer_keys = jax.random.split(key, 2 + len(config.shapes(model)))
     shared_key, specific_key = jax.random.split(inputs_key)
     total = config.samples + config.held_out
     shared = jax.random.normal(shared_key, (1, config.p_in))
@@ -153,7 +136,7 @@ def draw_problem(key: PRNGKeyArray, config: ProblemConfig) -> Problem:
     x = math.sqrt(config.overlap) * shared + math.sqrt(1 - config.overlap) * specific
     # Base weights, and the teacher's low-rank change of each layer.
     weights, changes = [], []
-    for layer_key, (out, fan_in) in zip(layer_keys, config.shapes, strict=True):
+    for layer_key, (out, fan_in) in zip(layer_keys, config.shapes(model), strict=True):
         base_key, left_key, right_key = jax.random.split(layer_key, 3)
         weights.append(jax.random.normal(base_key, (out, fan_in)) / math.sqrt(fan_in))
         # Scaled so that the entries of D x have variance 1 like those of x.
@@ -167,10 +150,10 @@ def draw_problem(key: PRNGKeyArray, config: ProblemConfig) -> Problem:
     return Problem(tuple(weights), x[:n], x[n:], target[:n], target[n:])
 
 
-def draw_adapters(key: PRNGKeyArray, config: ProblemConfig, *, rank: int) -> Adapters:
+def draw_adapters(key: PRNGKeyArray, config: ProblemConfig, model: Model, *, rank: int) -> Adapters:
     """Sample the initial adapters: A as PEFT does, nested over ranks (`rora_theory.laws.random.nested`), and B = 0."""
     adapters = []
-    for index, (out, fan_in) in enumerate(config.shapes):
+    for index, (out, fan_in) in enumerate(config.shapes(model)):
         # A key for each layer.
         lora_A = nested.draw_a(jax.random.fold_in(key, index), "kaiming_uniform", rank=rank, p_in=fan_in)
         adapters.append({"lora_A": lora_A, "lora_B": jnp.zeros((out, rank), jnp.float32)})
@@ -286,62 +269,6 @@ def measure_student(adapters: Adapters, problem: Problem, scaling: Float[Array, 
         output_held_out=_rms(held_out),
         delta_frobenius=scaling * jnp.sqrt(squares),
     )
-
-
-def draw_ensemble(
-    config: ProblemConfig,
-    *,
-    rank: int,
-    seeds: Sequence[int],
-    seed: int = 0,
-) -> tuple[Adapters, Problem]:
-    """Sample adapters and problems with a leading axis of seeds.
-
-    The problem of a seed is the same at every rank, and its adapters are nested over ranks.
-    """
-    # Two keys for each seed, [seeds, 2]: one of the problem and one of the adapters.
-    keys = jax.vmap(lambda member: jax.random.split(jax.random.fold_in(jax.random.key(seed), member)))(
-        np.asarray(seeds, np.uint32)
-    )
-    problems = jax.vmap(lambda key: draw_problem(key, config))(keys[:, 0])
-    adapters = jax.vmap(lambda key: draw_adapters(key, config, rank=rank))(keys[:, 1])
-    return adapters, problems
-
-
-def train_ensemble(
-    adapters: Adapters,
-    problems: Problem,
-    *,
-    scaling: float,
-    rates: Sequence[float] | Float[np.ndarray, " rates"],
-    optimizer: OptimizerName,
-    steps: tuple[int, ...],
-    freeze_A: bool = False,
-) -> tuple[dict[str, Float[np.ndarray, "seeds rates recorded"]], Bool[np.ndarray, "seeds rates recorded"]]:
-    """Train an ensemble at every learning rate, and measure it before the first step and after each of ``steps``.
-
-    Args:
-      adapters: Initial adapters with a leading axis of seeds.
-      problems: Problems with a leading axis of seeds.
-      scaling: Scaling factor gamma.
-      rates: Learning rates, above 0.
-      optimizer: Name of the optimizer.
-      steps: Numbers of updates at which to measure, ascending.
-      freeze_A: Whether B is trained alone.
-
-    Returns:
-      The fields of `Measures` by name, and a mask of diverged runs, whose loss is not finite or more than `DIVERGED`
-      times its initial value. A run that has diverged counts as diverged at all later steps.
-    """
-    learning_rates = jnp.asarray(rates, jnp.float32)
-    measured = trajectories(
-        adapters, problems, scaling, learning_rates, optimizer=optimizer, steps=steps, freeze_A=freeze_A
-    )
-    values = {name: np.asarray(value, np.float64) for name, value in measured._asdict().items()}
-    is_finite = np.all([np.isfinite(value) for value in values.values()], axis=0)
-    is_bounded = values["loss_train"] <= DIVERGED * values["loss_train"][..., :1]
-    # Along the steps, a run stays diverged once it has diverged.
-    return values, np.maximum.accumulate(~(is_finite & is_bounded), axis=-1)
 
 
 def _output_change(weights: tuple[Array, ...], x: Array, delta: Callable[[int, Array], Array]) -> Array:

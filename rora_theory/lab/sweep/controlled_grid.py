@@ -1,21 +1,25 @@
 """Matrix of training runs of the controlled problem, by model, trained factors, optimizer, rank, scaling rule and rate.
 
 grid = ControlledGrid(ranks=(4, 64), optimizers=("sgd",), models=("linear",))
-rows = frames.from_rows([row for cell in cells_of(grid) for row in train_cell(grid, cell)], COLUMNS)
-rank_exponents.exponent_fits(rows)
-best_rates(curves_of_losses(losses_at_end(rows)))
+rows = [row for cell in cells_of(grid) for row in train_cell(grid, cell)]
+rank_exponents.exponent_fits(frames.from_rows(rows, COLUMNS))
+tabulate_best_rates(curves_of_losses(frames.from_rows(losses_at_end(rows), LOSS_COLUMNS)))
 """
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
 from rora_theory.lab.sweep import controlled
-from rora_theory.lab.sweep.controlled import MODELS, Model, ProblemConfig, ProblemSize
+from rora_theory.lab.sweep.controlled import MODELS, Model, ProblemConfig
 from rora_theory.lab.sweep.rank_exponents import CELL, QUANTITIES
 from rora_theory.laws.grid import RankGrid
 from rora_theory.laws.random.seeds import check_seed
@@ -37,6 +41,9 @@ Trained = Literal["both", "B"]
 
 JudgedLoss = Literal["held_out", "train"]
 """Loss by which learning rates are compared."""
+
+DIVERGED = 10.0
+"""Factor over its initial value at which a training loss counts as diverged, like a loss that is not finite."""
 
 UNITS = {
     "loss": "squared error / 2, summed over outputs, averaged over inputs",
@@ -69,7 +76,7 @@ class ControlledGrid(RankGrid):
     """Learning rates of adam and adamw"""
     sgd_lrs: tuple[float, ...] = (0.003,)
     """Learning rates of sgd, and ten times those of momentum"""
-    problem: ProblemSize = field(default_factory=ProblemSize)
+    problem: ProblemConfig = field(default_factory=ProblemConfig)
     """Sizes and distribution of the problem"""
     seed: int = 0
     """Seed from which all random draws are derived"""
@@ -129,34 +136,39 @@ def cells_of(grid: ControlledGrid) -> list[ControlledCell]:
     ]
 
 
-def train_cell(
-    grid: ControlledGrid, cell: ControlledCell, quantities: tuple[str, ...] = QUANTITIES
-) -> list[dict[str, Any]]:
-    """Train a cell and return a row for every seed, rate and recorded step, with the start as the first one."""
+def train_cell(grid: ControlledGrid, cell: ControlledCell) -> list[dict[str, Any]]:
+    """Train a cell and return a row for every seed, rate and recorded step, with the start as the first one.
+
+    The problem of a seed is the same at every rank, and its adapters are nested over ranks. A run counts as diverged
+    from the first recorded step on at which its training loss is not finite or more than `DIVERGED` times its start.
+    """
     scaling = scaling_factor(cell.rule, alpha=grid.alpha(cell.rule), rank=cell.rank)
     rates = grid.rates(cell.optimizer)
-    adapters, problems = controlled.draw_ensemble(
-        ProblemConfig(model=cell.model, **asdict(grid.problem)),
-        rank=cell.rank,
-        seeds=grid.seeds,
-        seed=grid.seed,
+    # Two keys for each seed, [seeds, 2]: one of the problem and one of the adapters.
+    keys = jax.vmap(lambda member: jax.random.split(jax.random.fold_in(jax.random.key(grid.seed), member)))(
+        np.asarray(grid.seeds, np.uint32)
     )
     # Arrays [seeds, rates, 1 + steps].
-    values, diverged = controlled.train_ensemble(
-        adapters,
-        problems,
-        scaling=scaling,
-        rates=rates,
+    measured = controlled.trajectories(
+        jax.vmap(lambda key: controlled.draw_adapters(key, grid.problem, cell.model, rank=cell.rank))(keys[:, 1]),
+        jax.vmap(lambda key: controlled.draw_problem(key, grid.problem, cell.model))(keys[:, 0]),
+        scaling,
+        jnp.asarray(rates, jnp.float32),
         optimizer=cell.optimizer,
         steps=grid.steps,
         freeze_A=cell.trained == "B",
     )
+    values = {name: np.asarray(value, np.float64) for name, value in measured._asdict().items()}
+    is_finite = np.all([np.isfinite(value) for value in values.values()], axis=0)
+    is_bounded = values["loss_train"] <= DIVERGED * values["loss_train"][..., :1]
+    # Along the steps, a run stays diverged once it has diverged.
+    diverged = np.maximum.accumulate(~(is_finite & is_bounded), axis=-1)
     # Tidy rows: the cell's columns, then seed, step and measurements.
     labels = asdict(cell) | {"rule": name_of(cell.rule), "kappa": exponent(cell.rule), "scaling": scaling}
     return [
         {name: (labels | {"learning_rate": float(rate)})[name] for name in CELL}
         | {"seed": seed, "step": step, "diverged": int(diverged[place])}
-        | {name: float(values[name][place]) for name in quantities}
+        | {name: float(values[name][place]) for name in QUANTITIES}
         for rate_index, rate in enumerate(rates)
         for seed_index, seed in enumerate(grid.seeds)
         for step_index, step in enumerate((0, *grid.steps))
@@ -164,17 +176,19 @@ def train_cell(
     ]
 
 
-def losses_at_end(rows: pd.DataFrame) -> pd.DataFrame:
+def losses_at_end(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the losses after the last step with the columns `LOSS_COLUMNS`; infinite if the run diverged."""
-    ends = rows[rows["step"] == rows["step"].max()]
-    losses = {
-        name: ends[name].astype(float).where(ends["diverged"] == 0, np.inf) for name in ("loss_train", "loss_held_out")
-    }
-    return ends.assign(**losses)[list(LOSS_COLUMNS)].reset_index(drop=True)
+    last = max(row["step"] for row in rows)
+    diverged = dict.fromkeys(("loss_train", "loss_held_out"), math.inf)
+    return [
+        {name: (row | diverged if row["diverged"] else row)[name] for name in LOSS_COLUMNS}
+        for row in map(dict, rows)
+        if row["step"] == last
+    ]
 
 
 def curves_of_losses(table: pd.DataFrame, judge: JudgedLoss = "held_out") -> list[Curve]:
-    """Build the curves of `losses_at_end`, in the order of the cells."""
+    """Build the curves of a table of `losses_at_end`, in the order of the cells."""
     return curves_of_runs(
         TrainedRun(
             row["rule"], row["rank"], row["scaling"], row["learning_rate"], row["seed"], row[f"loss_{judge}"],

@@ -45,7 +45,7 @@ COLUMNS = (
     "loss_error", "loss_seed_error", "grid_error", "answer_loss", "answer_error", "answer_seed_error", "average",
     "average_error", "average_seeds", *(f"{task}{suffix}" for task in TASKS for suffix in ("", "_error")),
 )  # fmt: skip
-"""Columns of `differences.csv`: ``method`` minus ``against``. Negative losses favour ``method``, positive accuracies too.
+"""Columns of `differences.csv`: ``method`` minus ``against``. ``method`` is better if losses are negative.
 
 - ``rates`` is ``same`` if both have the same learning rate (the base has none); ``own`` if each has the only rate that
   it was run at; ``best`` if each has its best rate, chosen at one seed (`results.marked_rates`) on the same records.

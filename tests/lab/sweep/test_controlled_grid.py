@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rora_theory.lab.sweep import controlled, controlled_grid
-from rora_theory.lab.sweep.controlled import ProblemConfig, ProblemSize
+from rora_theory.lab.sweep.controlled import ProblemConfig
 from rora_theory.lab.sweep.controlled_grid import ControlledCell, ControlledGrid
 from rora_theory.lab.sweep.rank_exponents import QUANTITIES
 from rora_theory.optimizers import OPTIMIZER_NAMES
@@ -16,14 +16,14 @@ from rora_theory.runs import frames
 
 GRID = ControlledGrid(
     ranks=(8, 2), optimizers=("sgd",), models=("linear", "mlp"), steps=(1, 3), seeds=(0, 5), rules=("rora", 0.0),
-    problem=ProblemSize(p_in=6, hidden=4, p_out=3, samples=2, held_out=2, teacher_rank=1), sgd_lrs=(0.05,),
+    problem=ProblemConfig(p_in=6, hidden=4, p_out=3, samples=2, held_out=2, teacher_rank=1), sgd_lrs=(0.05,),
 )  # fmt: skip
-SIZE = ProblemSize(p_in=16, p_out=3, samples=5, held_out=7, overlap=0.3)
+SIZE = ProblemConfig(p_in=16, p_out=3, samples=5, held_out=7, overlap=0.3)
 
 
-def table_of(grid: ControlledGrid) -> Any:
+def losses_of(grid: ControlledGrid) -> Any:
     rows = [row for cell in controlled_grid.cells_of(grid) for row in controlled_grid.train_cell(grid, cell)]
-    return frames.from_rows(rows, controlled_grid.COLUMNS)
+    return frames.from_rows(controlled_grid.losses_at_end(rows), controlled_grid.LOSS_COLUMNS)
 
 
 def test_rates_of_an_optimizer() -> None:
@@ -58,9 +58,18 @@ def test_rows(trained: Any) -> None:
     same = other[(other["seed"] == 5) & (other["learning_rate"] == 0.05)]
     expected = table[table["seed"] == 5][list(QUANTITIES)]
     np.testing.assert_allclose(same[list(QUANTITIES)], expected, rtol=1e-4)
-    losses = controlled_grid.train_cell(GRID, cell, ("loss_train",))
-    assert [row["loss_train"] for row in losses] == table["loss_train"].tolist()
-    assert "output_train" not in losses[0]
+
+
+@pytest.mark.slow
+def test_a_diverged_run_stays_diverged(monkeypatch) -> None:
+    """A run counts as diverged from the first recorded step whose loss is too high, whatever follows."""
+    losses = np.array([[1.0, 20.0, 0.5], [1.0, 9.0, 0.5]])[:, None]
+    measures = controlled.Measures(*[losses] * len(controlled.Measures._fields))
+    monkeypatch.setattr(controlled, "trajectories", lambda *_, **__: measures)
+    rows = controlled_grid.train_cell(GRID, ControlledCell("linear", "both", "sgd", 8, "rora"))
+    assert [row["diverged"] for row in rows] == [0, 1, 1, 0, 0, 0]
+    ends = controlled_grid.losses_at_end(rows)
+    assert [row["loss_train"] for row in ends] == [np.inf, 0.5]
 
 
 @pytest.mark.slow
@@ -70,15 +79,14 @@ def test_curves_hold_the_losses_of_the_training_that_they_name() -> None:
         ranks=(4, 8), rules=("lora",), optimizers=("sgd",), models=("linear",), sgd_lrs=(0.1, 0.2, 0.3),
         steps=(1, 3), seeds=(0, 4), problem=SIZE,
     )  # fmt: skip
-    config = ProblemConfig(**vars(SIZE))
-    table = controlled_grid.losses_at_end(table_of(grid))
+    table = losses_of(grid)
     train_losses = []
     for trained in ("both", "B"):
         freeze_A, expected = trained == "B", {"train": [], "held_out": []}
         for seed in grid.seeds:
             problem_key, adapter_key = jax.random.split(jax.random.fold_in(jax.random.key(0), seed))
-            problem = controlled.draw_problem(problem_key, config)
-            adapters = controlled.draw_adapters(adapter_key, config, rank=4)
+            problem = controlled.draw_problem(problem_key, SIZE, "linear")
+            adapters = controlled.draw_adapters(adapter_key, SIZE, "linear", rank=4)
             paths = [
                 controlled.trajectory(
                     adapters,
@@ -107,7 +115,7 @@ def test_curves_keep_the_order_of_the_cells_and_of_the_rates() -> None:
         ranks=(8, 4), rules=("rora", 0.25), optimizers=("sgd",), models=("linear",),
         sgd_lrs=(1e9, 0.2, 0.1), steps=(3,), seeds=(1, 0), problem=SIZE,
     )  # fmt: skip
-    curves = controlled_grid.curves_of_losses(controlled_grid.losses_at_end(table_of(grid)))
+    curves = controlled_grid.curves_of_losses(losses_of(grid))
     assert [(c.trained, c.rank, c.rule) for c in curves] == [
         (trained, rank, rule) for trained in ("both", "B") for rank in (4, 8) for rule in ("rora", "0.25")
     ]
