@@ -7,7 +7,7 @@ from rora_theory.lab.data import prompt_preview
 from rora_theory.lab.data.batches import Examples
 from rora_theory.lab.data.records import RecordSet
 from rora_theory.runs.folder import RunFolder
-from sims.common import cli, tables
+from sims.common import tables
 
 FILE = "prompts.jsonl"
 SAVED_PROMPTS = 3
@@ -16,7 +16,6 @@ SAVED_PROMPTS = 3
 
 def print_summary(records: RecordSet, template: str | None) -> None:
     """Print the number of records, their format and the template of the prompts."""
-    cli.print_notes(records.notes)
     tables.print_text(f"{records.summary}; template {template}")
 
 

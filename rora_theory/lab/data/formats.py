@@ -5,7 +5,7 @@ object must have. If no format is named, the keys of a source's first object sel
 follow its format is refused, and the error names its place and key.
 """
 
-from collections import Counter
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
@@ -169,13 +169,11 @@ class RawRecord:
       where: Source and place in it, for the errors.
       value: The object.
       field_names: The source's own names of fields, by the names used here.
-      conversions: Number of conversions of each kind, counted over all records.
     """
 
     where: str
     value: dict[str, Any]
     field_names: Mapping[str, str]
-    conversions: Counter[str] = field(default_factory=Counter)
 
     def name(self, key: str) -> str:
         """Return the source's name of a field."""
@@ -196,7 +194,7 @@ class RawRecord:
           optional: Whether the field may be missing or empty.
 
         Raises:
-          InputError: The value is not a string, is empty, or cannot be encoded.
+          InputError: The value is not a string or is empty.
         """
         name = self.name(key)
         value = self.value.get(name, "") if optional else self.value[name]
@@ -204,22 +202,7 @@ class RawRecord:
             raise InputError(f"{self.where}: {name!r} must be a string, got {json_type(value)}")
         if not value and not optional:
             raise InputError(f"{self.where}: {name!r} must not be empty")
-        self.check_value(name, value)
         return value
-
-    def check_value(self, name: str, value: Any) -> None:
-        """Raise `InputError` unless a value is JSON and each string in it is valid Unicode."""
-        if isinstance(value, str):
-            # JSON can encode half of a surrogate pair, which UTF-8 cannot.
-            try:
-                value.encode()
-            except UnicodeEncodeError:
-                raise InputError(f"{self.where}: {name!r} must be valid Unicode, got half a surrogate pair") from None
-        elif isinstance(value, dict | list):
-            for item in value.values() if isinstance(value, dict) else value:
-                self.check_value(name, item)
-        elif not isinstance(value, int | float | None):
-            raise InputError(f"{self.where}: {name!r} must hold values that JSON has, got {json_type(value)}")
 
     def objects(self, key: str, *, optional: bool = False) -> list[dict[str, Any]]:
         """Return the list of objects of a field.
@@ -246,7 +229,6 @@ class RawRecord:
                 f"{self.where}: {self.name(key)} {index}",
                 {name: value for name, value in turn.items() if value is not None},
                 self.field_names,
-                self.conversions,
             )
             for index, turn in enumerate(self.objects(key))
         ]
@@ -288,8 +270,6 @@ def _parse_message(turn: RawRecord) -> dict[str, Any]:
         other_fields["tool_calls"] = [
             _parse_arguments(turn, index, call) for index, call in enumerate(other_fields["tool_calls"])
         ]
-    for name, value in other_fields.items():
-        turn.check_value(name, value)
     return {"role": turn.text("role"), "content": _parse_content(turn)} | other_fields | _parse_weight(turn)
 
 
@@ -311,7 +291,6 @@ def _parse_arguments(turn: RawRecord, index: int, call: Any) -> Any:
     arguments = files.parse_json(text, where=where, accepted="a JSON object") if text.strip() else {}
     if not isinstance(arguments, dict):
         raise InputError(f"{where} must be a JSON object, got {json_type(arguments)}")
-    turn.conversions["arguments"] += 1
     return call | {"arguments": arguments}
 
 
@@ -321,10 +300,7 @@ def _parse_weight(turn: RawRecord) -> dict[str, int]:
     weight = turn.value.get(name, 1)
     if weight not in (0, 1):
         raise InputError(f"{turn.where}: {name!r} must be 0 (not in the loss) or 1, got {shown(weight)}")
-    if weight == 1:
-        return {}
-    turn.conversions["weight"] += 1
-    return {"weight": 0}
+    return {"weight": 0} if weight == 0 else {}
 
 
 def _parse_content(turn: RawRecord) -> str:
@@ -339,7 +315,6 @@ def _parse_content(turn: RawRecord) -> str:
             part_type = shown(part.get("type"))
             raise InputError(f"{turn.where}: {name!r} must hold parts of text, got type {part_type} at {index}")
         texts.append(part["text"])
-    turn.check_value(name, texts)
     return "".join(texts)
 
 
@@ -374,8 +349,13 @@ def _make_chat(raw: RawRecord, key: str, messages: list[dict[str, Any]]) -> Chat
         )
     # ShareGPT's form has no field for tools; files that have one write it in several ways, so it is not read.
     tools = [] if key == "conversations" else raw.objects("tools", optional=True)
-    for tool in tools:
-        raw.check_value(raw.name("tools"), tool)
+    # Parquet and the arguments of a tool call may hold values that a template cannot write, such as a date.
+    try:
+        json.dumps([messages, tools], ensure_ascii=False).encode()
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{raw.where}: {raw.name(key)!r} and tools must hold JSON values in valid Unicode ({error})"
+        ) from None
     return Chat(tuple(messages), tuple(tools), raw.where)
 
 
@@ -418,11 +398,11 @@ FIELD_NAMES = tuple(
 """Fields that a source may have other names for."""
 
 
-def matching_formats(value: dict[str, Any], field_names: Mapping[str, str]) -> list[FormatName]:
-    """Return the formats that an object matches, the preferred one first.
+def matching_format(value: dict[str, Any], field_names: Mapping[str, str]) -> FormatName | None:
+    """Return the first format of `FORMATS` that an object matches; None if it matches none.
 
-    A field that the source has another name for counts as present only under that name. Formats that use more of the
-    renamed fields come first.
+    A field that the source has another name for counts as present only under that name. A format that uses more of the
+    renamed fields comes first.
     """
 
     def matches(form: Format) -> bool:
@@ -431,8 +411,7 @@ def matching_formats(value: dict[str, Any], field_names: Mapping[str, str]) -> l
     def renamed_count(name: FormatName) -> int:
         return len(set(field_names) & {*FORMATS[name].required_keys, *FORMATS[name].optional_keys})
 
-    # The sort is stable: among equals, the order of FORMATS decides.
-    return sorted((name for name, form in FORMATS.items() if matches(form)), key=renamed_count, reverse=True)
+    return max((name for name, form in FORMATS.items() if matches(form)), key=renamed_count, default=None)
 
 
 def json_type(value: Any) -> str:

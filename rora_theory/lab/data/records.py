@@ -32,11 +32,12 @@ from rora_theory.lab.data.formats import (
     Record,
     RecordErrors,
     TrainTemplate,
-    matching_formats,
+    matching_format,
     records_digest,
 )
 from rora_theory.scaling import check_choice
 from rora_theory.validation.ranges import Natural, check_ranges
+from rora_theory.validation.rules import check_list
 
 __all__ = [
     "AnyRecord",
@@ -48,13 +49,6 @@ __all__ = [
     "read_records",
     "records_digest",
 ]
-
-CONVERSION_NOTES = {
-    "arguments": "{:,} tool calls have their arguments as a JSON string. They were parsed, because chat templates "
-    "expect an object.",
-    "weight": "{:,} turns have weight 0. They are not in the loss.",
-}
-"""Notes about conversions, by the kind that `formats.RawRecord` counts."""
 
 SUPPORTED_SOURCES = "a .json, .jsonl, .csv, .parquet or .txt file, or a split as FOLDER:SPLIT"
 
@@ -136,13 +130,11 @@ class RecordSet:
       records: Records of all sources in order.
       formats: Format and number of records of each source.
       config: Settings with which the records were read.
-      notes: Notes about conversions and about formats that were ambiguous.
     """
 
     records: list[AnyRecord]
     formats: tuple[tuple[FormatName, int], ...]
     config: DataConfig
-    notes: tuple[str, ...] = ()
 
     @cached_property
     def sha256(self) -> str:
@@ -189,46 +181,12 @@ class RecordSet:
         return f"records: {listed} ({'selected by format' if self.config.format else detected})"
 
 
-@dataclass
-class FilesRead:
-    """Files that have been read, none of which may be read again.
-
-    A record that is read twice could be in both the training and the validation data.
-
-    Attributes:
-      argument: Name of the argument that lists the sources, for errors.
-      sources: Source of each file, by the device and inode of the file.
-    """
-
-    argument: str = "data"
-    sources: dict[tuple[int, int], str | Path] = field(default_factory=dict)
-
-    def add(self, source: str | Path, paths: Sequence[Path]) -> None:
-        """Add the files of a source.
-
-        Raises:
-          InputError: A file belongs to an earlier source.
-        """
-        identities = set()
-        for path in paths:
-            # The file system's identity also detects links and other spellings of a path.
-            try:
-                status = path.stat()
-            except (OSError, ValueError):  # reported when the file is read
-                continue
-            identity = (status.st_dev, status.st_ino)
-            if identity in self.sources:
-                raise InputError(
-                    f"{self.argument} must not name a file twice, got {path} in {self.sources[identity]} and {source}. "
-                    "Remove one of them."
-                )
-            identities.add(identity)
-        self.sources.update(dict.fromkeys(identities, source))
+def check_named_once(argument: str, sources: Sequence[str | Path]) -> None:
+    """Raise `InputError` if a source is named twice, also by a link: it could be trained on and held out."""
+    check_list(argument, [os.path.realpath(source) for source in sources])
 
 
-def read_record_set(
-    sources: Sequence[str | Path], config: FormatConfig | None = None, *, files_read: FilesRead | None = None
-) -> RecordSet:
+def read_record_set(sources: Sequence[str | Path], config: FormatConfig | None = None) -> RecordSet:
     """Read the records of several sources.
 
     A source is a file or a split of a data set:
@@ -244,42 +202,35 @@ def read_record_set(
     Args:
       sources: Files and splits.
       config: Settings; None selects the defaults.
-      files_read: Files of earlier sources, to which those of these sources are added; None stands for no file.
 
     Returns:
       The records of all sources in order.
 
     Raises:
-      InputError: A file is missing, unreadable or empty, or belongs to two sources, or records do not follow their
+      InputError: A file is missing, unreadable or empty, a source is named twice, or records do not follow their
         format. The message lists the first ten of these records and their number, each with the file, the record's
         number from 1 (in a text file, the line's) and the key.
     """
     config = config if isinstance(config, DataConfig) else DataConfig(**vars(config or FormatConfig()))
     if not sources:
         raise InputError(f"data must name at least one source: {SUPPORTED_SOURCES}")
+    check_named_once("data", sources)
     # One pass over all sources, which collects errors and reports them together.
     records: list[AnyRecord] = []
     formats: list[tuple[FormatName, int]] = []
-    notes: list[str] = []
-    errors, conversions = RecordErrors(), Counter[str]()
-    files_read = FilesRead() if files_read is None else files_read
+    errors = RecordErrors()
     # Columns of a table that may be fields of a record.
     columns = {config.fields.get(key, key) for key in FIELD_NAMES}
     for source in sources:
         located = _locate_source(source)
-        files_read.add(source, [path for path, _ in located])
         count_before, format_name = len(records) + errors.count, config.format
         for where, value in itertools.chain.from_iterable(_read_file(path, name, columns) for path, name in located):
             try:
                 # A table has every key in every row, so a null value means that the key is absent.
                 present = {key: item for key, item in value.items() if item is not None}
                 # The first record of a source selects the format of all of them.
-                if format_name is None:
-                    format_name, *alternatives = _detect_formats(where, present, config)
-                    if alternatives:
-                        listed = ", ".join(alternatives)
-                        notes.append(f"{source}: read as {format_name}; it also matches {listed} (format)")
-                records.append(FORMATS[format_name].parse(RawRecord(where, present, config.fields, conversions)))
+                format_name = format_name or _detect_format(where, present, config)
+                records.append(FORMATS[format_name].parse(RawRecord(where, present, config.fields)))
             except InputError as error:
                 # Without a format, the other records cannot be checked.
                 if format_name is None:
@@ -290,8 +241,7 @@ def read_record_set(
         formats.append((format_name, len(records) + errors.count - count_before))
     # Many bad records are reported in one error, which counts them.
     errors.raise_if_any(len(records) + errors.count)
-    notes += [CONVERSION_NOTES[kind].format(count) for kind, count in conversions.items()]
-    return RecordSet(records, tuple(formats), config, tuple(notes))
+    return RecordSet(records, tuple(formats), config)
 
 
 def read_records(sources: Sequence[str | Path], config: FormatConfig | None = None) -> list[AnyRecord]:
@@ -299,22 +249,15 @@ def read_records(sources: Sequence[str | Path], config: FormatConfig | None = No
     return read_record_set(sources, config).records
 
 
-def _detect_formats(where: str, value: dict[str, Any], config: FormatConfig) -> list[FormatName]:
-    """Return the formats that an object matches, and raise `InputError` if there are none."""
-    matches = matching_formats(value, config.fields)
-    if matches:
-        return matches
-    keys = ", ".join(map(repr, value)) or "none"
-    # If some of a format's keys are there, name the missing one of the format with the most.
-    required = {name: [config.fields.get(key, key) for key in form.required_keys] for name, form in FORMATS.items()}
-    closest = max(required.values(), key=lambda names: sum(name in value for name in names))
-    missing = [name for name in closest if name not in value]
-    if len(missing) < len(closest):
-        raise InputError(f"{where} has no {missing[0]!r}; its keys are {keys}")
-    listed = ", ".join(f"{name} ({', '.join(form.required_keys)})" for name, form in FORMATS.items())
-    raise InputError(
-        f"{where}: keys must match a format, got {keys}. Formats: {listed}. Pass the names of the fields as fields."
-    )
+def _detect_format(where: str, value: dict[str, Any], config: FormatConfig) -> FormatName:
+    match = matching_format(value, config.fields)
+    if match is None:
+        keys = ", ".join(map(repr, value)) or "none"
+        listed = ", ".join(f"{name} ({', '.join(form.required_keys)})" for name, form in FORMATS.items())
+        raise InputError(
+            f"{where}: keys must match a format, got {keys}. Formats: {listed}. Pass the names of the fields as fields."
+        )
+    return match
 
 
 def _locate_source(source: str | Path) -> list[tuple[Path, str]]:

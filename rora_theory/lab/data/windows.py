@@ -1,7 +1,6 @@
 """Cut plain text into windows of equal length, for calibration and perplexity."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
@@ -10,7 +9,7 @@ from rora_theory.errors import InputError
 from rora_theory.lab.data.batches import TextEncoder
 from rora_theory.lab.data.formats import AnyRecord, Chat, Text
 from rora_theory.lab.data.prompts import training_text
-from rora_theory.lab.data.records import FilesRead, FormatConfig, read_record_set
+from rora_theory.lab.data.records import FormatConfig, check_named_once, read_record_set
 from rora_theory.runs import files
 
 
@@ -25,20 +24,18 @@ def read_texts(sources: Sequence[str], config: FormatConfig | None = None) -> li
       config: Format of the records; None detects it from the first record's keys.
 
     Raises:
-      InputError: A file is missing, unreadable or empty, or belongs to two sources.
+      InputError: A file is missing, unreadable or empty, or is named twice.
     """
     documents: list[str] = []
-    # Refuse a repeated file: the same text could be in the windows and the held-out windows.
-    files_read = FilesRead("text")
+    check_named_once("text", sources)
     for source in sources:
         if source.endswith(".txt"):
-            files_read.add(source, [Path(source)])
             text = files.read_text(source)
             if not text.strip():
                 raise InputError(f"{source}: is empty. Pass a file with text.")
             documents.append(text)
         else:
-            documents += map(_document, read_record_set([source], config, files_read=files_read).records)
+            documents += map(_document, read_record_set([source], config).records)
     return documents
 
 

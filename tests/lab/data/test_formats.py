@@ -42,7 +42,6 @@ def test_every_format_in_every_file_is_recognised(read, name, suffix):
     assert loaded.formats == ((name, 2),)
     assert (loaded.template(None), loaded.template("clean")) == (template, "clean")
     assert loaded.summary == f"records: 2 as {name} (detected from the first record's keys; format selects another)"
-    assert loaded.notes == ()
     assert read(rows, suffix, format=name).records == loaded.records
 
 
@@ -51,8 +50,6 @@ def test_renamed_fields(read):
     rows = [row, row | {"context": "C"}]
     loaded = read(rows, "parquet", fields={"instruction": "question", "input": "context", "output": "reply"})
     assert loaded.records == [Record("Q", "A"), Record("Q", "A", "C")]
-    (note,) = loaded.notes
-    assert note.endswith("x.parquet: read as alpaca; it also matches text (format)")
     # Formats that use more of the renamed fields come first.
     for renamed in (row, {"question": "Q", "reply": "A"} | CASES["alpaca"][0]):
         fields = {"prompt": "question", "completion": "reply"}
@@ -74,7 +71,7 @@ def test_other_keys_of_messages_reach_the_template(read):
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_arguments_of_tool_calls_written_as_json_are_encoded_once(read, suffix):
-    """OpenAI's strings and the objects that templates expect give the same record; a note counts the strings."""
+    """OpenAI's strings and the objects that templates expect give the same record."""
 
     def row(*arguments):
         functions = [{"name": "weather", "arguments": value} for value in arguments]
@@ -83,8 +80,6 @@ def test_arguments_of_tool_calls_written_as_json_are_encoded_once(read, suffix):
 
     loaded = read([row('{"city": "Köln", "days": [1]}', ""), row(" {} ")], suffix)
     assert loaded.records == read([row({"city": "Köln", "days": [1]}, {}), row({})], "jsonl").records
-    (note,) = loaded.notes
-    assert note.startswith("3 tool calls")
     template = ChatTemplate("{% for m in messages %}{{ m.tool_calls | tojson if m.tool_calls }}{% endfor %}")
     assert '"arguments": {"city": "Köln", "days": [1]}' in template.render(loaded.records[0].messages)
 
@@ -98,8 +93,6 @@ def test_a_turn_of_weight_0_is_not_learned(read, key, messages, suffix):
     ignored, plain = Chat((MESSAGES[0], MESSAGES[1] | {"weight": 0}, *MESSAGES)), Chat((*MESSAGES, *MESSAGES))
     loaded = read(rows, suffix)
     assert loaded.records == [ignored, plain, ignored, plain]
-    (note,) = loaded.notes
-    assert note.startswith("2 turns have weight 0")
     assert records_digest([ignored]) != records_digest([plain])
     renamed = [{key: [question, answer | {"train": 0}, *messages]}]
     assert read(renamed, suffix, fields={"weight": "train"}).records == [ignored]

@@ -38,7 +38,7 @@ def test_a_file_that_is_named_twice_is_refused(tmp_path) -> None:
     (tmp_path / "link.txt").symlink_to(text)
     assert len(read_texts([str(text), str(records)])) == 11
     for sources in ([text, text], [text, tmp_path / "link.txt"], [text, records, records]):
-        with pytest.raises(InputError, match=f"^text .*{sources[-2].name} .*{sources[-1].name}"):
+        with pytest.raises(InputError, match=r"^text .*different"):
             read_texts([str(source) for source in sources])
 
 
