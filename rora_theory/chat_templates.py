@@ -7,7 +7,6 @@ Otherwise a turn is located by rendering the chat up to that turn.
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
@@ -318,10 +317,4 @@ def _placeholder_turns(message: Mapping[str, Any], text: str) -> Iterator[dict[s
 
 
 def _import_renderer() -> Any:
-    """Import transformers' function that renders templates, without the note that PyTorch is missing."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    try:
-        from transformers.utils.chat_template_utils import render_jinja_template
-    except ImportError as error:
-        raise InputError(extras.missing_message(error) or first_line(error)) from error
-    return render_jinja_template
+    return extras.load("transformers.utils.chat_template_utils").render_jinja_template

@@ -9,9 +9,11 @@ and a command can print its help::
         tokenizers = extras.missing(error)
 """
 
+import importlib
+import os
 from typing import Any
 
-from rora_theory.errors import InputError
+from rora_theory.errors import InputError, first_line
 
 PACKAGES: dict[str, tuple[str, ...]] = {
     "finetune": (
@@ -57,6 +59,20 @@ def missing(error: ImportError) -> Any:
     return _Placeholder(
         "Missing", (Exception,), {"_message": message}
     )  # an exception type may be used in an except clause
+
+
+def load(module: str) -> Any:
+    """Import a module of an extra where it is needed.
+
+    Raises:
+      InputError: The package is not installed or cannot be imported.
+    """
+    # transformers would print a note that PyTorch is missing, which tokenizers and chat templates do not need.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(missing_message(error) or first_line(error)) from error
 
 
 class _Placeholder(type):

@@ -156,11 +156,11 @@ def train(trainer: Trainer, folder: RunFolder, log_to: TrackerName | None = None
     fields = "loss {loss:.3f}  lr {lr:.1e}  {rate:,.0f} tokens/s"
     tracked = trackers.track(log_to, folder.path, run=folder.identity, config=folder.entry("config"), step=trainer.step)
     try:
-        with tracked as tracker, progress_bar("training", trainer.steps, fields=fields) as bar:
+        with tracked as log, progress_bar("training", trainer.steps, fields=fields) as bar:
             bar.advance(trainer.step)
             for event in trainer.train():
                 events.add(event)
-                tracker.add(event)
+                log(event)
                 if isinstance(event, StepCompleted):
                     bar.advance(1, loss=event.loss, lr=event.learning_rate, rate=event.speed)
                 elif isinstance(event, ValidationCompleted):

@@ -106,13 +106,10 @@ def locate_split(split: Split) -> list[Path]:
 
 def _list_files(split: Split, place: str, revision: str | None) -> list[str]:
     """Return the paths or addresses of a split's files."""
-    try:
-        from datasets import load_dataset_builder
-    except ImportError as error:
-        raise InputError(extras.missing_message(error) or first_line(error)) from error
+    datasets = extras.load("datasets")
     try:
         with tempfile.TemporaryDirectory() as cache:
-            builder = load_dataset_builder(place, split.subset, revision=revision, cache_dir=cache)
+            builder = datasets.load_dataset_builder(place, split.subset, revision=revision, cache_dir=cache)
     except Exception as error:  # of the file system, the hub's HTTP client and the parser of the card
         raise InputError(f"{split.place}: the data set cannot be read ({first_line(error)})") from None
     splits = {str(name): list(map(str, names)) for name, names in (builder.config.data_files or {}).items()}

@@ -323,10 +323,7 @@ def _read_file(path: Path, where: str, columns: Container[str]) -> Iterator[tupl
 
 def _load_table(path: Path, reader: str, where: str) -> Any:
     """Load a file by `datasets`, in memory and without its cache."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise InputError(extras.missing_message(error) or first_line(error)) from error
+    datasets = extras.load("datasets")
     options: dict[str, Any] = {}
     try:
         if reader == "csv":

@@ -3,13 +3,12 @@
 The run's own files hold the same values exactly. Trackers are for monitoring, and are off by default.
 """
 
-import importlib
 import importlib.util
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from rora_theory.errors import InputError, first_line
 from rora_theory.lab.finetune.loop import Event, StepCompleted, ValidationCompleted
@@ -21,38 +20,7 @@ FOLDER = "tensorboard"
 PROJECT = "rora-theory"
 """Default project of Weights & Biases; the environment variable ``WANDB_PROJECT`` overrides it."""
 
-# Modules with TensorBoard's SummaryWriter, and the packages that each needs.
-_WRITERS = {"tensorboardX": ("tensorboardX",), "torch.utils.tensorboard": ("torch", "tensorboard")}
-
-
-class Tracker(Protocol):
-    """A destination of events."""
-
-    def add(self, event: Event) -> None:
-        """Log an event."""
-
-
-class _NoTracker:
-    def add(self, event: Event) -> None:
-        """Ignore the event."""
-
-
-class _TensorBoard:
-    def __init__(self, writer: Any) -> None:
-        self._writer = writer
-
-    def add(self, event: Event) -> None:
-        for name, value in values(event).items():
-            self._writer.add_scalar(name, value, event.step)
-
-
-class _Wandb:
-    def __init__(self, run: Any) -> None:
-        self._run = run
-
-    def add(self, event: Event) -> None:
-        if scalars := values(event):
-            self._run.log(scalars, step=event.step)
+_PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
 def values(event: Event) -> dict[str, float]:
@@ -76,17 +44,18 @@ def values(event: Event) -> dict[str, float]:
 
 def check_tracker(name: TrackerName | None) -> None:
     """Raise `InputError` if a tracker's package is not installed."""
-    if name == "tensorboard" and _writer_module() is None:
-        raise _missing_package(name, "tensorboardX (or torch and tensorboard)")
-    if name == "wandb" and importlib.util.find_spec("wandb") is None:
-        raise _missing_package(name, "wandb")
+    if name is not None and importlib.util.find_spec(_PACKAGES[name]) is None:
+        raise InputError(
+            f"log_to {name!r} requires {_PACKAGES[name]}, which is not installed. "
+            "Run: pip install 'rora-theory[logging]'"
+        )
 
 
 @contextmanager
 def track(
     name: TrackerName | None, folder: Path, *, run: str, config: Mapping[str, Any], step: int = 0
-) -> Iterator[Tracker]:
-    """Open a tracker for the duration of a ``with`` block.
+) -> Iterator[Callable[[Event], None]]:
+    """Open a tracker for the duration of a ``with`` block, which gets the function that logs an event.
 
     Args:
       name: Tracker to use; None logs nothing.
@@ -101,16 +70,17 @@ def track(
     """
     check_tracker(name)
     if name == "tensorboard":
-        module = _writer_module()
-        assert module is not None  # by check_tracker
-        writer_class = importlib.import_module(module).SummaryWriter
+        from tensorboardX import SummaryWriter
+
         # TensorBoard names files by the second, within which a run may resume: the suffix keeps the names distinct.
         purge = step + 1 if step else None
-        writer = writer_class(str(folder / FOLDER), purge_step=purge, filename_suffix=f".from-{step + 1}")
-        try:
-            yield _TensorBoard(writer)
-        finally:
-            writer.close()
+        with SummaryWriter(str(folder / FOLDER), purge_step=purge, filename_suffix=f".from-{step + 1}") as writer:
+
+            def add_scalars(event: Event) -> None:
+                for value_name, value in values(event).items():
+                    writer.add_scalar(value_name, value, event.step)
+
+            yield add_scalars
     elif name == "wandb":
         import wandb
 
@@ -125,23 +95,14 @@ def track(
             raise InputError(
                 f"log_to 'wandb' cannot start ({reason}). Run wandb login, or set WANDB_MODE=offline."
             ) from error
+
+        def log_values(event: Event) -> None:
+            if scalars := values(event):
+                wandb_run.log(scalars, step=event.step)
+
         try:
-            yield _Wandb(wandb_run)
+            yield log_values
         finally:
             wandb_run.finish()
     else:
-        yield _NoTracker()
-
-
-def _writer_module() -> str | None:
-    """Return the installed module that writes TensorBoard's files, or None."""
-    for module, needed in _WRITERS.items():
-        if all(importlib.util.find_spec(package) is not None for package in needed):
-            return module
-    return None
-
-
-def _missing_package(name: str, package: str) -> InputError:
-    return InputError(
-        f"log_to {name!r} requires {package}, which is not installed. Run: pip install 'rora-theory[logging]'"
-    )
+        yield lambda _: None

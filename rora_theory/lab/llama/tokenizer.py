@@ -1,6 +1,5 @@
 """Conversion of text to token ids and back, by the tokenizers of transformers."""
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -203,13 +202,8 @@ class Tokenizer:
 
 
 def import_fast_tokenizer() -> Any:
-    """Import transformers' class of tokenizers, which needs no PyTorch, without the note that it is missing."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    try:
-        from transformers import PreTrainedTokenizerFast
-    except ImportError as error:
-        raise InputError(extras.missing_message(error) or first_line(error)) from error
-    return PreTrainedTokenizerFast
+    """Import transformers' class of tokenizers, which needs no PyTorch."""
+    return extras.load("transformers").PreTrainedTokenizerFast
 
 
 def _read_optional(path: Path) -> dict[str, Any]:

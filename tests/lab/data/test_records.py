@@ -174,7 +174,11 @@ def call(arguments):
         ("x.json", after_good(QUESTION | {"content": PARTS}), "messages 0: 'content' .* 'thinking' at 1"),
         ("x.json", after_good(QUESTION), "record 2: 'messages' .* assistant turn"),
         ("x.parquet", after_good(QUESTION), r"x\.parquet: record 2: 'messages' .* assistant turn"),
-        ("x.parquet", after_good(QUESTION | SENT, ANSWER | SENT), r"record 2: 'messages' .* JSON .*(Timestamp|datetime)"),
+        (
+            "x.parquet",
+            after_good(QUESTION | SENT, ANSWER | SENT),
+            r"record 2: 'messages' .* JSON .*date",
+        ),
         ("x.json", after_good(QUESTION, ANSWER | {"weight": 0.5}), "messages 1: 'weight' .* 0.5"),
         ("x.json", after_good(QUESTION, ANSWER | {"weight": "0"}), "messages 1: 'weight' .* '0'"),
         ("x.json", after_good(QUESTION, ANSWER | {"weight": 0}), "'messages' .* weight 0"),

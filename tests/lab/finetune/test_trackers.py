@@ -21,14 +21,14 @@ LOGGED = {
 def test_event_files_are_read_back(tmp_path) -> None:
     """A run that resumes after step 1 also removes what its killed part logged after that step."""
     pytest.importorskip("tensorboardX", reason="the extra logging")
-    with trackers.track("tensorboard", tmp_path, run="id", config={}) as tracker:
+    with trackers.track("tensorboard", tmp_path, run="id", config={}) as log:
         for event in (*EVENTS, ValidationCompleted(2, 9.0, best=False), ValidationCompleted(3, 9.0, best=False)):
-            tracker.add(event)
+            log(event)
     first = logged(tmp_path / "tensorboard")
     assert {name: first[name, 1] for name, _ in first} == pytest.approx(LOGGED, rel=1e-6)
     assert ("validation/loss", 3) in first
-    with trackers.track("tensorboard", tmp_path, run="id", config={}, step=1) as tracker:
-        tracker.add(ValidationCompleted(2, 1.5, best=True))
+    with trackers.track("tensorboard", tmp_path, run="id", config={}, step=1) as log:
+        log(ValidationCompleted(2, 1.5, best=True))
     again = {key: value for key, value in logged(tmp_path / "tensorboard").items() if key[0] == "validation/loss"}
     assert again == {("validation/loss", 1): 2.25, ("validation/loss", 2): 1.5}
 
@@ -43,9 +43,9 @@ def test_weights_and_biases_receives_the_same_values(tmp_path, monkeypatch) -> N
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, __spec__=importlib.util.find_spec("json")))
 
     def fail() -> None:
-        with trackers.track("wandb", tmp_path, run="id", config={"rank": 4}) as tracker:
+        with trackers.track("wandb", tmp_path, run="id", config={"rank": 4}) as log:
             for event in EVENTS:
-                tracker.add(event)
+                log(event)
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -77,8 +77,8 @@ def test_weights_and_biases_that_cannot_start_is_bad_input(tmp_path, monkeypatch
 
 
 def test_off_writes_nothing(tmp_path) -> None:
-    with trackers.track(None, tmp_path, run="id", config={}) as tracker:
-        tracker.add(EVENTS[0])
+    with trackers.track(None, tmp_path, run="id", config={}) as log:
+        log(EVENTS[0])
     assert not list(tmp_path.iterdir())
 
 
