@@ -310,7 +310,6 @@ FAULTS = [
 ]
 GEMMA_FAULTS = [
     ({PERIOD: 0}, None, r"sliding_window_pattern.* 0"),
-    ({"gemma3.block_count": 2_000_000_000}, None, "block_count .*2000000000"),
     ({"gemma3.attention.sliding_window": None}, None, r"lacks gemma3\.attention\.sliding_window"),
 ]
 
