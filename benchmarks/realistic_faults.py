@@ -570,9 +570,9 @@ SWEEP_FAULTS = [
     ),
     Fault(
         "rora_theory/stats/curve_optima.py",
-        "_DIFFERENCES[method](*shared) / math.log2(ratio)",
-        "_DIFFERENCES[method](*shared) / math.log(ratio)",
-        "octaves are taken for natural logarithms by the estimators",
+        "x, finite = np.log2(curve.rates), np.isfinite(curve.losses)",
+        "x, finite = np.log(curve.rates), np.isfinite(curve.losses)",
+        "the optimum of a whole curve is a natural logarithm in place of octaves",
     ),
     Fault(
         "rora_theory/stats/trained_runs.py",

@@ -13,7 +13,7 @@ equations of the paper), `by_rule.csv` (a summary) and `summary.json`.
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -28,10 +28,10 @@ from rora_theory.measure.regimes.tables import judge_regime
 from rora_theory.paper.verdicts import FALSE_ALARM, SLOPE_RESOLUTION, SLOPE_TOLERANCE
 from rora_theory.runs import frames
 from rora_theory.runs.files import write_whole
-from rora_theory.stats.curve_optima import Method, pooled_exponent, whole_curve_log2_rates
-from rora_theory.stats.estimate import Estimate
+from rora_theory.stats.curve_optima import Method, quadratic_optima, registration_shifts, whole_curve_log2_rates
+from rora_theory.stats.estimate import Estimate, over_seeds
 from rora_theory.stats.moments import threshold
-from rora_theory.stats.rate_curves import Curve, weighted_log2_rates
+from rora_theory.stats.rate_curves import Curve, log2_rates, weighted_log2_rates
 from rora_theory.stats.slopes import BAND, SeedFit, seed_fit, trend
 from rora_theory.stats.verdicts import RESOLUTION, Outcome, judge_gaps, judge_range
 from sims.common import cli
@@ -232,6 +232,31 @@ def yield_cases() -> Iterator[tuple[str, str, SweepModel]]:
             yield over, shape, SweepModel(exponent, high / low, seeds, rates, **SHAPES[shape])  # type: ignore[arg-type]
 
 
+_DIFFERENCES: dict[Method, Callable[[Curve, Curve], np.ndarray]] = {
+    "vertex": lambda first, second: log2_rates(second) - log2_rates(first),
+    "quadratic": lambda first, second: quadratic_optima(second) - quadratic_optima(first),
+    "registration": registration_shifts,
+}
+
+
+def pooled_exponent(pairs: Sequence[tuple[Curve, Curve]], ratio: float, method: Method) -> Estimate:
+    r"""Estimate the exponent of the best rate from pairs of curves, pooled with seeds as clusters.
+
+    A pair's exponent is the difference of log2 best rates divided by log2 of the ratio of the setting that changes.
+    Each seed's exponent is the mean over the pairs, and the standard error is that of the mean over seeds. Runs of
+    different pairs share the seed's records, so they are not independent.
+
+    Args:
+      pairs: Pairs of curves of the same seeds, such as one pair for each rank.
+      ratio: Second value of the setting that changes, divided by the first.
+      method: Estimator of the difference.
+
+    Returns:
+      The exponent, with its error over seeds; NaN if a curve has no optimum.
+    """
+    return over_seeds(np.mean([_DIFFERENCES[method](*pair) for pair in pairs], axis=0) / math.log2(ratio))
+
+
 def measure_exponents(
     pairs: list[tuple[Curve, Curve]], ratio: float, methods: Iterable[Method]
 ) -> dict[tuple[str, int], Estimate]:
@@ -243,7 +268,7 @@ def measure_exponents(
     as_judged = weighted_log2_rates((-1.0, 1.0), *pairs[0]).times(1 / math.log2(ratio))
     estimates = {("as judged", 1): as_judged}
     for method, count in product(methods, (1, len(pairs))):
-        estimates[method, count] = pooled_exponent({ratio: pairs[:count]}, method)
+        estimates[method, count] = pooled_exponent(pairs[:count], ratio, method)
     return estimates
 
 

@@ -1,9 +1,11 @@
 """The benchmark of verdict rules: shares of verdicts on sweeps with a known exponent."""
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from benchmarks import verdict_rules
+from rora_theory.stats.rate_curves import Curve
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +76,26 @@ def test_the_summary_states_settings_and_coverage(tables) -> None:
     described = verdict_rules.summary(verdict_rules.VerdictRulesOptions(sweeps=40, registrations=1), tables)
     assert described["settings"] == {"sweeps": 40, "registrations": 1, "seed": 0}
     assert described["coverage"]["3"]["mean"] > 0.85
+
+
+@pytest.mark.parametrize("method", ["vertex", "quadratic", "registration"])
+def test_the_pooled_exponent_is_the_planted_one(method) -> None:
+    """Its error is that of the mean over seeds of each seed's mean over the pairs."""
+    rates, planted, ratio = 10 ** (np.arange(-18, -7) / 4), -0.7, 8.0
+    pairs = []
+    for level in (1.0, 1.2):
+        best = [np.array([1e-3, 1.1e-3, 1.3e-3]) * level * ratio**power for power in (0.0, planted)]
+        best[1][2] *= 1.1
+        pairs.append(
+            tuple(
+                Curve("adamw", "both", "lora", 1.0, 8, 1.0, rates, 1 + 0.1 * np.log10(rates / optima[:, None]) ** 2)
+                for optima in best
+            )
+        )
+    exponent = verdict_rules.pooled_exponent(pairs, ratio, method)
+    by_seed = planted + np.array([0, 0, np.log(1.1) / np.log(ratio)])
+    assert exponent.value == pytest.approx(by_seed.mean(), abs=0.03)
+    assert (exponent.n, exponent.over) == (3, "seeds")
+    assert exponent.error == pytest.approx(by_seed.std(ddof=1) / 3**0.5, rel=0.2)
+    swapped = verdict_rules.pooled_exponent([pair[::-1] for pair in pairs], ratio, method)
+    assert swapped.value == pytest.approx(-exponent.value, abs=0.01)

@@ -43,12 +43,11 @@ class Calibration:
     needed_scale: float
 
 
-def calibrate(
-    sweeps: Sequence[Sweep], policy: RangedRateFactor, *, level: float = 0.9, higher_only: bool = True
-) -> Calibration:
+def calibrate(sweeps: Sequence[Sweep], policy: RangedRateFactor, *, level: float = 0.9) -> Calibration:
     r"""Compare the range of a policy with the measured ratios of best rates.
 
-    A pair consists of two settings of one model whose best rates lie inside their grids. If the range is the central
+    A pair consists of two settings of one model whose best rates lie inside their grids, the new one with a higher rank
+    or with a higher G at the same rank. If the range is the central
     interval of the true ratio at a level, and the measured log ratio has the standard error s, then the measured ratio
     lies in the range widened to :math:`\sqrt{h^2 + (z s)^2}` on each side with about the same probability, where h is
     the range's half width on that side and z the normal quantile of the level.
@@ -57,8 +56,6 @@ def calibrate(
       sweeps: Sweeps with at least one pair.
       policy: Factor of the best rate with its range.
       level: Level that the range is meant to have, between 0 and 1.
-      higher_only: Whether only pairs with a higher new rank count, or a higher G at the same rank. The reverse of a
-        pair has the reciprocal ratio.
 
     Returns:
       The shares, with models as clusters.
@@ -72,7 +69,8 @@ def calibrate(
     for sweep in sweeps:
         inside = [fit for fit in sweep.fits if fit.is_inside]
         for old, new in itertools.permutations(inside, 2):
-            if higher_only and (new.curve.rank, new.curve.gain) < (old.curve.rank, old.curve.gain):
+            # The reverse of a pair has the reciprocal ratio.
+            if (new.curve.rank, new.curve.gain) < (old.curve.rank, old.curve.gain):
                 continue
             factors = policy(old.curve.rank, old.curve.gain, new.curve.rank, new.curve.gain)
             by_model.setdefault(sweep.model, []).append(_Pair.from_fits(old, new, factors))

@@ -103,7 +103,6 @@ class Sweep:
       steps: Number of optimizer steps; None if it is not known.
       batch_size: Number of examples in a batch; None if it is not known.
       curves: Curves with three or more rates, of which one did not diverge, by rank and scaling.
-      short_curves: Rank, G = gamma r and rates of the curves with fewer rates, which have no best rate.
     """
 
     source: str
@@ -111,7 +110,6 @@ class Sweep:
     steps: int | None
     batch_size: int | None
     curves: tuple[Curve, ...]
-    short_curves: tuple[tuple[int, float, tuple[float, ...]], ...] = ()
 
     @cached_property
     def fits(self) -> tuple[BestRateFit, ...]:
@@ -242,16 +240,10 @@ def sweeps_of(runs: Iterable[RunRecord], source: str) -> list[Sweep]:
         sweep.setdefault((run.rank, exponent(run.rule), run.alpha), []).append(run)
     sweeps = []
     for (model, steps, batch_size), by_setting in grouped.items():
-        settings = sorted(by_setting)
-        curves = [_curve_of(by_setting[setting]) for setting in settings]
-        is_long = [len(curve.rates) >= 3 and bool(np.isfinite(curve.losses).any()) for curve in curves]
-        long_curves = tuple(curve for curve, long in zip(curves, is_long, strict=True) if long)
-        short = tuple(
-            (curve.rank, curve.gain, tuple(curve.rates.tolist()))
-            for curve, long in zip(curves, is_long, strict=True)
-            if not long
-        )
-        sweeps.append(Sweep(source, model, steps, batch_size, long_curves, short))
+        curves = [_curve_of(by_setting[setting]) for setting in sorted(by_setting)]
+        # A best rate needs three rates, of which one did not diverge.
+        long_curves = tuple(curve for curve in curves if len(curve.rates) >= 3 and np.isfinite(curve.losses).any())
+        sweeps.append(Sweep(source, model, steps, batch_size, long_curves))
     noise = noise_of(sweeps, grouped.values())
     return [replace(sweep, curves=tuple(_with_noise(curve, noise) for curve in sweep.curves)) for sweep in sweeps]
 

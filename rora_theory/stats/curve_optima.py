@@ -6,16 +6,15 @@ about half the standard deviation of the vertex for two curves of one shape, and
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 import scipy
 from jaxtyping import Float
 
-from rora_theory.errors import InputError
-from rora_theory.stats.estimate import Estimate, over_seeds
-from rora_theory.stats.rate_curves import Curve, at_shared_seeds, estimate, log2_rates
+from rora_theory.stats.estimate import Estimate
+from rora_theory.stats.rate_curves import Curve, estimate
 
 Method = Literal["vertex", "quadratic", "registration"]
 """Estimators of a difference of best rates: parabola through three points, through all, and shift of whole curves."""
@@ -120,41 +119,3 @@ def _finite(rates: np.ndarray, losses: np.ndarray) -> tuple[np.ndarray, np.ndarr
     """Return log2 of the rates and the log losses of the runs that did not diverge."""
     finite = np.isfinite(losses)
     return np.log2(rates[finite]), np.log(losses[finite])
-
-
-_DIFFERENCES: dict[Method, Callable[[Curve, Curve], np.ndarray]] = {
-    "vertex": lambda first, second: log2_rates(second) - log2_rates(first),
-    "quadratic": lambda first, second: quadratic_optima(second) - quadratic_optima(first),
-    "registration": registration_shifts,
-}
-
-
-def pooled_exponent(pairs: Mapping[float, Sequence[tuple[Curve, Curve]]], method: Method) -> Estimate:
-    r"""Estimate the exponent of the best rate from pairs of curves, pooled with seeds as clusters.
-
-    A pair's exponent is the difference of log2 best rates divided by log2 of the ratio of the setting that changes,
-    such as G at one rank. Each seed's exponent is the mean over the pairs in which both curves have the seed, and the
-    standard error is that of the mean over seeds. Runs of different pairs share the seed's records, so they are not
-    independent.
-
-    Args:
-      pairs: Pairs of curves, such as one pair for each rank, by the ratio of the second setting to the first.
-      method: Estimator of the difference.
-
-    Returns:
-      The exponent, with its error over seeds; NaN if a curve has no optimum.
-
-    Raises:
-      InputError: If no pair of curves shares a seed.
-    """
-    by_seed: dict[int, list[float]] = {}
-    for ratio, pairs_at_ratio in pairs.items():
-        # Exponents of all pairs by seed.
-        for shared in (at_shared_seeds(*pair) for pair in pairs_at_ratio):
-            if shared:
-                exponents = _DIFFERENCES[method](*shared) / math.log2(ratio)
-                for seed, exponent in zip(shared[0].by_seed, exponents.tolist(), strict=True):
-                    by_seed.setdefault(seed, []).append(exponent)
-    if not by_seed:
-        raise InputError("pairs must have at least one pair of curves that share a seed, got none")
-    return over_seeds(np.array([np.mean(exponents) for exponents in by_seed.values()]))

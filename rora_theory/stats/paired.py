@@ -82,27 +82,3 @@ def mean_of_groups(groups: Sequence[Num[np.ndarray, "_seeds _items"]]) -> Estima
         return Estimate(mean, math.nan, count, "")
     error = math.sqrt(sum(np.var(items, ddof=1) / len(items) for items in item_means)) / len(item_means)
     return Estimate(mean, error, count, "items")
-
-
-def resampled_ratios(
-    sums: Sequence[Float[np.ndarray, " records"]], sizes: Float[np.ndarray, " records"], *, draws: int, seed: int = 0
-) -> Float[np.ndarray, "draws series"]:
-    """Compute ratios of sums over bootstrap samples of the records, with the same records for every series.
-
-    Args:
-      sums: One value per record, for each series.
-      sizes: Size of each record, by which the sums are divided.
-      draws: Number of bootstrap samples.
-      seed: Seed of the bootstrap. The same seed draws the same records in every call.
-
-    Returns:
-      The ratio of every series for every bootstrap sample.
-
-    Examples:
-      >>> resampled_ratios([np.array([3.0])], np.array([2.0]), draws=2).tolist()
-      [[1.5], [1.5]]
-    """
-    # Indices of the records in each bootstrap sample, [draws, records].
-    index = np.random.default_rng(seed).integers(0, len(sizes), (draws, len(sizes)))
-    total_sizes = sizes[index].sum(axis=1)
-    return np.stack([series[index].sum(axis=1) / total_sizes for series in sums], axis=1)

@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from rora_theory.errors import InputError
 from rora_theory.stats.estimate import Estimate, over_seeds
-from rora_theory.stats.paired import mean_per_token_over_seeds, resampled_ratios
+from rora_theory.stats.paired import mean_per_token_over_seeds
 from rora_theory.stats.rate_curves import RECORDS, Curve, combine_errors
 
 
@@ -48,23 +48,6 @@ class TrainedRun:
         """Everything but the rate and the seed: optimizer, trained factors, method, kappa, rank and scaling."""
         return self.optimizer, self.trained, self.method, self.kappa, self.rank, self.gamma
 
-    @classmethod
-    def from_records(
-        cls,
-        method: str,
-        rank: int,
-        gamma: float,
-        rate: float,
-        seed: int,
-        records: Sequence[float] | None,
-        tokens: Sequence[int],
-    ) -> "TrainedRun":
-        """Create a run from the losses of its held-out records; None as ``records`` creates one that diverged."""
-        if records is None:
-            return cls(method, rank, gamma, rate, seed, math.inf, None, None)
-        sums, sizes = np.array(records, np.float64), np.asarray(tokens, np.float64)
-        return cls(method, rank, gamma, rate, seed, float(sums.sum() / sizes.sum()), sums, sizes)
-
 
 def bootstrap(runs: Sequence[TrainedRun], draws: int, seed: int = 0) -> Float[np.ndarray, "draws runs"] | None:
     """Compute losses over resampled held-out records, which are the same for every run.
@@ -88,8 +71,11 @@ def bootstrap(runs: Sequence[TrainedRun], draws: int, seed: int = 0) -> Float[np
     if finite:
         # Resample records rather than tokens, because the tokens of a record are dependent. A run that diverged keeps
         # an infinite loss in every sample.
+        tokens = tokens_of(finite)
+        index = np.random.default_rng(seed).integers(0, len(tokens), (draws, len(tokens)))
+        drawn_tokens = tokens[index].sum(axis=1)
         columns = [math.isfinite(run.loss) for run in runs]
-        losses[:, columns] = resampled_ratios(records, tokens_of(finite), draws=draws, seed=seed)
+        losses[:, columns] = np.stack([sums[index].sum(axis=1) / drawn_tokens for sums in records], axis=1)
     return losses
 
 

@@ -6,9 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rora_theory.errors import InputError
 from rora_theory.stats.curve_optima import (
-    pooled_exponent,
     quadratic_optima,
     registration_shifts,
     whole_curve_log2_rates,
@@ -63,45 +61,11 @@ def test_whole_curves_have_a_smaller_spread_than_three_points() -> None:
     assert np.std(registration_shifts(first, second)) < vertex / 1.4
 
 
-@pytest.mark.parametrize("method", ["vertex", "quadratic", "registration"])
-def test_the_pooled_exponent_is_the_planted_one(method) -> None:
-    planted = -0.7
-    pairs = {
-        ratio: [(curve(1e-3 * level), curve(1e-3 * level * ratio**planted)) for level in (1.0, 1.2)]
-        for ratio in (4.0, 8.0)
-    }
-    exponent = pooled_exponent(pairs, method)
-    assert exponent.value == pytest.approx(planted, abs=0.03)
-    assert (exponent.n, exponent.over) == (3, "seeds")
-    swapped = pooled_exponent(
-        {ratio: [pair[::-1] for pair in rank_pairs] for ratio, rank_pairs in pairs.items()}, method
-    )
-    assert swapped.value == pytest.approx(-planted, abs=0.03)
-
-
-def test_a_seed_counts_in_the_pairs_that_have_it() -> None:
-    """Seeds are the clusters: one rank's third seed counts beside the first two of two ranks."""
-    ratio = 8.0
-    pairs = [(curve(1e-3, noise=0.01), curve(1e-4, noise=0.01, seed=1)), (curve(2e-3), curve(3e-4))]
-    pairs[1] = (pairs[1][0].select_seeds((0, 1)), pairs[1][1].select_seeds((1, 0)))
-    exponent = pooled_exponent({ratio: pairs}, "vertex")
-    noisy = (log2_rates(pairs[0][1]) - log2_rates(pairs[0][0])) / 3
-    exact = math.log2(0.15) / 3
-    by_seed = [(noisy[0] + exact) / 2, (noisy[1] + exact) / 2, noisy[2]]
-    assert exponent.value == pytest.approx(np.mean(by_seed), abs=1e-6)
-    assert (exponent.n, exponent.error) == (3, pytest.approx(np.std(by_seed, ddof=1) / math.sqrt(3), abs=1e-6))
-
-
-@pytest.mark.parametrize("method", ["quadratic", "registration"])
-def test_a_seed_that_diverged_at_most_rates_has_no_exponent(method) -> None:
+def test_a_seed_that_diverged_at_most_rates_has_no_optimum() -> None:
     first, second = curve(1e-3), curve(1e-4)
     second.losses[0, 1:] = np.inf
-    assert np.isnan(pooled_exponent({8.0: [(first, second)]}, method).value)
-
-
-def test_pairs_without_a_shared_seed_are_refused() -> None:
-    with pytest.raises(InputError, match="seed"):
-        pooled_exponent({4.0: [(curve(1e-3).select_seeds((0,)), curve(1e-4).select_seeds((1,)))]}, "vertex")
+    for shifts in (quadratic_optima(second), registration_shifts(first, second)):
+        assert np.isnan(shifts).tolist() == [True, False, False]
 
 
 def test_a_fit_without_a_minimum_ends_at_its_lower_end() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from rora_theory.errors import InputError
 from rora_theory.stats.estimate import Estimate
-from rora_theory.stats.paired import mean_of_groups, mean_per_token, mean_per_token_over_seeds, resampled_ratios
+from rora_theory.stats.paired import mean_of_groups, mean_per_token, mean_per_token_over_seeds
 
 
 def test_the_mean_s_error_is_the_jackknife_s() -> None:
@@ -57,26 +57,6 @@ def test_a_group_of_one_item_has_no_error() -> None:
     estimate = mean_of_groups([np.array([[0, 1]]), np.array([[1]])])
     assert (estimate.value, estimate.n, estimate.over, estimate.has_error) == (0.75, 3, "", False)
     assert math.isnan(estimate.error)
-
-
-def test_resampled_ratios() -> None:
-    """Sums in proportion to the sizes never change.
-
-    Two series share their records, and the spread is the ratio's error.
-    """
-    sizes = np.random.default_rng(1).integers(20, 60, 300).astype(float)
-    losses = sizes * np.random.default_rng(2).normal(1.0, 0.1, 300)
-    drawn = resampled_ratios([3 * sizes, losses, 2 * losses], sizes, draws=2000)
-    np.testing.assert_allclose(drawn[:, 0], 3.0, rtol=1e-12)
-    np.testing.assert_allclose(drawn[:, 2], 2 * drawn[:, 1], rtol=1e-12)
-    error = mean_per_token(losses.tolist(), sizes.astype(int).tolist()).error
-    # The deviation of 2000 draws is known to 1.6%; 5 of its errors, and a part in 300 for the first order.
-    assert np.std(drawn[:, 1]) == pytest.approx(error, rel=0.085)
-    np.testing.assert_array_equal(drawn, resampled_ratios([3 * sizes, losses, 2 * losses], sizes, draws=2000))
-    assert not np.array_equal(drawn, resampled_ratios([3 * sizes, losses, 2 * losses], sizes, draws=2000, seed=1))
-    # Each of three records is drawn as often as another; their shares are known to 0.006.
-    shares = resampled_ratios(list(np.eye(3)), np.ones(3), draws=2000).mean(axis=0)
-    np.testing.assert_allclose(shares, 1 / 3, atol=0.03)
 
 
 @pytest.mark.parametrize(

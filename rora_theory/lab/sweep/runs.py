@@ -1,9 +1,12 @@
 """Finished runs of a matrix: reading them from a folder, and merging runs of one setting."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from rora_theory.errors import InputError
 from rora_theory.lab.finetune.config import LossOn
@@ -135,8 +138,12 @@ class SweepRun:
           step: Number of steps.
           tokens: Number of tokens of each held-out record in the loss of ``loss_on``.
         """
-        rank, gamma = self.rank or 0, self.gamma or 1.0
-        return TrainedRun.from_records(self.adapter, rank, gamma, self.rate, self.seed, self.losses(step), tokens)
+        setting = self.adapter, self.rank or 0, self.gamma or 1.0, self.rate, self.seed
+        losses = self.losses(step)
+        if losses is None:  # the run diverged
+            return TrainedRun(*setting, math.inf)
+        sums, sizes = np.array(losses, np.float64), np.asarray(tokens, np.float64)
+        return TrainedRun(*setting, float(sums.sum() / sizes.sum()), sums, sizes)
 
 
 def read_runs(folder: Path, keys: Iterable[str] | None = None) -> list[SweepRun]:

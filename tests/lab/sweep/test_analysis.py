@@ -22,7 +22,6 @@ from rora_theory.laws.displacement import displacement_ratio
 from rora_theory.optimizers import schedule_factor
 from rora_theory.runs import frames
 from rora_theory.stats import trained_runs
-from rora_theory.stats.paired import resampled_ratios
 from rora_theory.stats.rate_curves import Curve
 
 RATES = [10 ** (k / 4) for k in range(-18, -7)]
@@ -749,11 +748,13 @@ def test_the_displacement_constant_is_that_of_runs_up_to_half_a_step_above_the_b
 def test_constants_and_regrets_of_planted_runs(monkeypatch) -> None:
     calls = []
 
+    bootstrap = trained_runs.bootstrap
+
     def count(*arguments, **options):
         calls.append(arguments)
-        return resampled_ratios(*arguments, **options)
+        return bootstrap(*arguments, **options)
 
-    monkeypatch.setattr(trained_runs, "resampled_ratios", count)
+    monkeypatch.setattr(trained_runs, "bootstrap", count)
     judged = analysis.judge_runs(displaced_runs(), TOKENS, **LAW)
     assert len(calls) == 2 * 2 * 2 * 3, "one bootstrap for each rank, gain, step and seed: the regret needs no more"
     assert set(judged["constants"]["step"]) == {16, 64}
