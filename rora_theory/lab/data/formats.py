@@ -365,30 +365,21 @@ class Format:
 
     Attributes:
       required_keys: Keys that an object must have.
-      record_type: Type of the records.
       parse: Function that makes a record of an object.
       optional_keys: Further keys that an object, or a turn in it, may have.
     """
 
     required_keys: tuple[str, ...]
-    record_type: type[AnyRecord]
     parse: Callable[[RawRecord], AnyRecord]
     optional_keys: tuple[str, ...] = ()
 
-    @property
-    def default_template(self) -> TrainTemplate:
-        """Return the template that renders the records if none is named."""
-        return DEFAULT_TEMPLATES[self.record_type]
-
 
 FORMATS: dict[FormatName, Format] = {
-    "messages": Format(("messages",), Chat, _parse_messages, ("role", "content", "weight", "tools")),
-    "sharegpt": Format(("conversations",), Chat, _parse_sharegpt, ("from", "value", "weight", "system")),
-    "alpaca": Format(("instruction", "output"), Record, _pair_parser("instruction", "output", "input"), ("input",)),
-    "prompt-completion": Format(
-        ("prompt", "completion"), Completion, _pair_parser("prompt", "completion", record_type=Completion)
-    ),
-    "text": Format(("text",), Text, _parse_text),
+    "messages": Format(("messages",), _parse_messages, ("role", "content", "weight", "tools")),
+    "sharegpt": Format(("conversations",), _parse_sharegpt, ("from", "value", "weight", "system")),
+    "alpaca": Format(("instruction", "output"), _pair_parser("instruction", "output", "input"), ("input",)),
+    "prompt-completion": Format(("prompt", "completion"), _pair_parser("prompt", "completion", record_type=Completion)),
+    "text": Format(("text",), _parse_text),
 }
 """All formats. If an object matches several, the first one is used."""
 

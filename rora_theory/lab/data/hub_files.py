@@ -14,26 +14,31 @@ HUB_PREFIX = "hf://datasets/"
 """Prefix of the name of a data set on the hub, and of its files and splits."""
 
 
-def download_file(repository: str, file: str, revision: str | None, *, where: str) -> Path:
+def download_file(address: str) -> Path:
     """Return the local path of a data set's file, downloaded or from the hub's cache.
 
     Args:
-      repository: Data set as ``OWNER/NAME``.
-      file: Path of the file in the data set.
-      revision: Branch, tag or commit; None is ``main``.
-      where: Name of the file, for the errors.
+      address: Address of the file, ``hf://datasets/OWNER/NAME[@REVISION]/FILE``.
 
     Raises:
-      InputError: Neither the hub nor the cache has the file.
+      InputError: The address has another form, or neither the hub nor the cache has the file.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    parts = address.removeprefix(HUB_PREFIX).split("/", 2)
+    if len(parts) < 3 or not all(parts):
+        data_set = f"{HUB_PREFIX}OWNER/NAME[@REVISION]"
+        raise InputError(
+            f"{address}: not the name of a file or split. Pass {data_set}/FILE or {data_set}[/SUBSET]:SPLIT."
+        )
+    owner, name, file = parts
+    name, _, revision = name.partition("@")
     try:
-        return Path(hf_hub_download(repository, file, repo_type="dataset", revision=revision))
+        return Path(hf_hub_download(f"{owner}/{name}", file, repo_type="dataset", revision=revision or None))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
-            f"{where}: cannot be downloaded ({first_line(error)}). Pass a file that the hub or its cache has."
+            f"{address}: cannot be downloaded ({first_line(error)}). Pass a file that the hub or its cache has."
         ) from error
 
 
@@ -95,17 +100,14 @@ def locate_split(split: Split) -> list[Path]:
             cache = snapshot_download(repository, repo_type="dataset", revision=revision or None, local_files_only=True)
             return list(map(Path, _list_files(split, cache, None)))
         raise
-    # Names have the form hf://datasets/OWNER/NAME@COMMIT/FILE.
-    _, _, at_commit = names[0].removeprefix(HUB_PREFIX).partition("@")
-    commit = at_commit.partition("/")[0]
-    files = [name.partition(f"@{commit}/")[2] for name in names]
     # Request one file by branch, so that the cache knows the branch's commit when the hub cannot be reached.
-    download_file(repository, files[0], revision or None, where=split.place)
-    return [download_file(repository, file, commit, where=f"{split.place}: {file}") for file in files]
+    _, _, file = names[0].removeprefix(HUB_PREFIX).split("/", 2)
+    download_file(f"{split.place}/{file}")
+    return [download_file(name) for name in names]
 
 
 def _list_files(split: Split, place: str, revision: str | None) -> list[str]:
-    """Return the paths or addresses of a split's files."""
+    """Return the paths of a split's files, or their addresses at a commit."""
     datasets = extras.load("datasets")
     try:
         with tempfile.TemporaryDirectory() as cache:

@@ -20,7 +20,7 @@ from typing import Any, cast, get_args
 from rora_theory import extras
 from rora_theory.chat_templates import ChatTemplate, template_digest
 from rora_theory.errors import InputError, first_line
-from rora_theory.lab.data import hub_files
+from rora_theory.lab.data import hub_files, texts
 from rora_theory.lab.data.chat import load_chat_template, read_template_source
 from rora_theory.lab.data.formats import (
     FIELD_NAMES,
@@ -142,19 +142,15 @@ class RecordSet:
         return records_digest(self.records)
 
     def template(self, name: str | None) -> TrainTemplate:
-        """Return the template with a name, or the default of the formats.
+        """Return the template with a name, or the default of the records' kind.
 
         Raises:
-          InputError: The template does not exist, or the sources' formats have different defaults.
+          InputError: The template does not exist, or the records' kinds have different defaults.
         """
         if name is not None:
             check_choice("template", name, TRAIN_TEMPLATES)
             return cast(TrainTemplate, name)
-        defaults = list(dict.fromkeys(FORMATS[form].default_template for form, _ in self.formats))
-        if len(defaults) > 1:
-            listed = ", ".join(f"{form} ({FORMATS[form].default_template})" for form, _ in dict.fromkeys(self.formats))
-            raise InputError(f"template must be given for formats with different defaults, got None for {listed}")
-        return defaults[0]
+        return texts.default_template(self.records)
 
     def chat(self, tokenizer: Any, template: str | None) -> ChatTemplate | None:
         """Return the configured chat template, or the model's; None unless ``template`` is ``chat``.
@@ -268,20 +264,8 @@ def _locate_source(source: str | Path) -> list[tuple[Path, str]]:
         on_hub = split.place.startswith(hub_files.HUB_PREFIX)
         return [(path, path.name if on_hub else str(path)) for path in hub_files.locate_split(split)]
     if isinstance(source, str) and source.startswith(hub_files.HUB_PREFIX):
-        return [(_download(source), source)]
+        return [(hub_files.download_file(source), source)]
     return [(Path(source), str(source))]
-
-
-def _download(source: str) -> Path:
-    parts = source.removeprefix(hub_files.HUB_PREFIX).split("/", 2)
-    if len(parts) < 3 or not all(parts):
-        data_set = f"{hub_files.HUB_PREFIX}OWNER/NAME[@REVISION]"
-        raise InputError(
-            f"{source}: not the name of a file or split. Pass {data_set}/FILE or {data_set}[/SUBSET]:SPLIT."
-        )
-    owner, name, file = parts
-    name, _, revision = name.partition("@")
-    return hub_files.download_file(f"{owner}/{name}", file, revision or None, where=source)
 
 
 def _read_file(path: Path, where: str, columns: Container[str]) -> Iterator[tuple[str, dict[str, Any]]]:

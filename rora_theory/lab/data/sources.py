@@ -68,13 +68,4 @@ def locate_task(data: str | Path, task: Task, split: str = "test") -> Path:
                 f"or {HUB_PREFIX}OWNER/NAME."
             )
         return path
-    return _download(str(data), f"{task.key}/{split}.json")
-
-
-def _download(data: str, name: str) -> Path:
-    owner, *path = data.removeprefix(HUB_PREFIX).strip("/").split("/", 2)
-    if not owner or not path:
-        raise InputError(f"{data}: not the name of a data set. Pass {HUB_PREFIX}OWNER/NAME[@REVISION][/FOLDER].")
-    repository, _, revision = path[0].partition("@")
-    file = "/".join([*path[1:], name])
-    return download_file(f"{owner}/{repository}", file, revision or None, where=f"{data}: {file}")
+    return download_file(f"{str(data).rstrip('/')}/{task.key}/{split}.json")

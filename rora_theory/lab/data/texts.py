@@ -14,11 +14,12 @@ from rora_theory.lab.data.formats import (
     Record,
     RecordErrors,
     Text,
+    TrainTemplate,
 )
 from rora_theory.scaling import check_choice
 
 
-def default_template(records: Sequence[AnyRecord]) -> str:
+def default_template(records: Sequence[AnyRecord]) -> TrainTemplate:
     """Return the template of records for which none is named.
 
     Raises:

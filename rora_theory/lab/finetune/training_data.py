@@ -39,8 +39,8 @@ def prepare(
     """Hold out validation records, then tokenize and batch both parts.
 
     Args:
-      records: Records to train on and to hold out. If the configuration names no template, it is the default of the
-        `RecordSet`'s formats, or of the records' type for a list.
+      records: Records to train on and to hold out. If the configuration names no template, it is the default of
+        the records' kind.
       tokenizer: Tokenizer of the model.
       config: Fine-tuning configuration.
       chat: Chat template for the template ``chat``; None uses the record set's or the tokenizer's.

@@ -132,7 +132,7 @@ def test_a_task_s_file_in_a_folder_or_on_the_hub(tmp_path):
     for data, message in (
         (tmp_path, r"boolq/test\.json: no such file.* a folder"),
         ("hf://datasets/them/tasks", r"boolq/test\.json: cannot be downloaded \(.*\)"),
-        ("hf://datasets/them", "them: not the name of a data set"),
+        ("hf://datasets/", r"hf://datasets/boolq/test\.json: not the name of a file"),
     ):
         with pytest.raises(InputError, match=message) as caught:
             locate_task(data, TASKS["boolq"])
