@@ -20,7 +20,6 @@ from rora_theory.lab.finetune.memory import StepMemory
 from rora_theory.lab.finetune.sharding import Layout
 from rora_theory.lab.finetune.training_data import TrainingData
 from rora_theory.lab.llama import LlamaConfig, Model
-from rora_theory.lab.llama.attention import Route
 from rora_theory.runs import digests
 
 
@@ -113,7 +112,6 @@ class Trainer:
       validation: Validation batches of one pass, or None.
       checkpoints: Folder of the checkpoints; the run resumes from the latest one in it. With None the run writes no
         checkpoints: if interrupted, it starts over, and only the last adapter is available.
-      attention: Attention implementation, see `rora_theory.lab.llama.attention.choose_route`.
       layout: Layout of the arrays on several devices, where ``params`` already are; None means a single device.
       shared: Cache of compiled steps to use, on a single device only; None compiles a step for this run.
       pauses: Steps after which `run` yields `Paused`.
@@ -137,7 +135,6 @@ class Trainer:
         validation: Batches | None,
         checkpoints: Path | None,
         *,
-        attention: Route = "auto",
         layout: Layout | None = None,
         shared: steps.SharedSteps | None = None,
         pauses: Collection[int] = (),
@@ -168,12 +165,10 @@ class Trainer:
         # Compile the steps lazily: at the first batch of each shape.
         self._step: Any
         if shared is not None:
-            self._step = shared.train_step(adapter, llama_config, config, self.steps, attention=attention)
+            self._step = shared.train_step(adapter, llama_config, config, self.steps)
         else:
-            self._step = steps.train_step(
-                adapter, llama_config, config, self.steps, attention=attention, state_shardings=shardings
-            )
-        self._evaluate = steps.eval_step(adapter, llama_config, attention=attention)
+            self._step = steps.train_step(adapter, llama_config, config, self.steps, state_shardings=shardings)
+        self._evaluate = steps.eval_step(adapter, llama_config)
         # Resume from the latest checkpoint of this run, if there is one.
         self._progress = Progress(0)
         self._checkpoints = None if checkpoints is None else Checkpoints(checkpoints)

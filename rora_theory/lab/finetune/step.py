@@ -14,7 +14,7 @@ from rora_theory.lab.adapters.base import TrainableAdapter
 from rora_theory.lab.adapters.whole import WholeModel
 from rora_theory.lab.data.batches import Batch
 from rora_theory.lab.finetune.config import FinetuneConfig
-from rora_theory.lab.finetune.loss import LOGITS_BYTES, cross_entropy, cross_entropy_of_trained_head
+from rora_theory.lab.finetune.loss import cross_entropy, cross_entropy_of_trained_head
 from rora_theory.lab.llama import LlamaConfig
 from rora_theory.lab.llama.attention import Route
 from rora_theory.optimizers import schedule_factor
@@ -108,7 +108,6 @@ def train_step(
     steps: int,
     *,
     attention: Route = "auto",
-    logits_bytes: int = LOGITS_BYTES,
     state_shardings: Any = None,
 ) -> jax.stages.Wrapped:
     """Return the jitted function ``(state, base, batch) -> (state, metrics)``, which donates the old state.
@@ -122,7 +121,7 @@ def train_step(
       state_shardings: Shardings of the new state, see `lab.finetune.sharding`; None keeps it on the device of
         the old state.
     """
-    update = _make_step(llama_config, config, steps, attention=attention, logits_bytes=logits_bytes)
+    update = _make_step(llama_config, config, steps, attention=attention)
 
     def step(state: State, base: Params, batch: Batch) -> tuple[State, StepMetrics]:
         return update(state, base, batch, adapter, None)
@@ -153,9 +152,6 @@ class SharedSteps:
         llama_config: LlamaConfig,
         config: FinetuneConfig,
         steps: int,
-        *,
-        attention: Route = "auto",
-        logits_bytes: int = LOGITS_BYTES,
     ) -> Callable[[State, Params, Batch], tuple[State, StepMetrics]]:
         """Return the function ``(state, base, batch) -> (state, metrics)`` on a single device.
 
@@ -174,12 +170,10 @@ class SharedSteps:
         adapter_config = adapter.config
         if isinstance(adapter_config, adapters.LoraConfig):
             adapter_config = replace(adapter_config, **scaling)
-        key = repr(
-            (shared_config, adapter_config, llama_config, steps, attention, logits_bytes, type(adapter), len(untrained))
-        )
+        key = repr((shared_config, adapter_config, llama_config, steps, type(adapter), len(untrained)))
         # Compile once for each key; scaling and peak rate are passed to every call.
         if key not in self._jitted:
-            update = _make_step(llama_config, shared_config, steps, attention=attention, logits_bytes=logits_bytes)
+            update = _make_step(llama_config, shared_config, steps)
 
             def shared_step(state: State, base: Params, batch: Batch, untrained: list[Array], peak: Array) -> Any:
                 return update(state, base, batch, jax.tree.unflatten(structure, untrained), peak)
@@ -200,7 +194,7 @@ class SharedSteps:
 
 
 def _make_step(
-    llama_config: LlamaConfig, config: FinetuneConfig, steps: int, *, attention: Route, logits_bytes: int
+    llama_config: LlamaConfig, config: FinetuneConfig, steps: int, *, attention: Route = "auto"
 ) -> Callable[[State, Params, Batch, TrainableAdapter, Array | None], tuple[State, StepMetrics]]:
     """Return the function ``(state, base, batch, adapter, peak) -> (state, metrics)``, which the caller compiles.
 
@@ -219,7 +213,6 @@ def _make_step(
             key=key,
             remat=config.remat,
             attention=attention,
-            logits_bytes=logits_bytes,
         )
         # Divided by the targets of the whole batch, so that losses and gradients of microbatches add up.
         return loss_sum / targets
@@ -271,9 +264,6 @@ def _make_step(
 def eval_step(
     adapter: TrainableAdapter,
     llama_config: LlamaConfig,
-    *,
-    attention: Route = "auto",
-    logits_bytes: int = LOGITS_BYTES,
 ) -> jax.stages.Wrapped:
     """Return the jitted function ``(params, base, batch) -> (summed loss, number of targets)``, without dropout.
 
@@ -283,7 +273,7 @@ def eval_step(
 
     def evaluate(params: Params, base: Params, batch: Batch) -> tuple[Array, Array]:
         adapted = adapter.replace(params)
-        loss_sum = batch_loss(base, batch, llama_config, adapted, attention=attention, logits_bytes=logits_bytes)
+        loss_sum = batch_loss(base, batch, llama_config, adapted)
         return loss_sum, jnp.sum(batch.weights)
 
     return jax.jit(evaluate)
@@ -298,7 +288,6 @@ def batch_loss(
     key: PRNGKeyArray | None = None,
     remat: bool | str = False,
     attention: Route = "auto",
-    logits_bytes: int = LOGITS_BYTES,
 ) -> Float[Array, ""]:
     """Compute the cross-entropy summed over a batch's targets.
 
@@ -320,4 +309,4 @@ def batch_loss(
     head = llama.output_matrix(base, llama_config)
     if is_whole:
         return cross_entropy_of_trained_head(hidden, head, batch.targets, batch.weights)
-    return cross_entropy(hidden, head, batch.targets, batch.weights, logits_bytes=logits_bytes)
+    return cross_entropy(hidden, head, batch.targets, batch.weights)

@@ -173,8 +173,7 @@ def forward(
     key: PRNGKeyArray | None = None,
     remat: bool | str = False,
     attention: Route = "auto",
-    capture: Sequence[str] | None = None,
-) -> Any:
+) -> Float[Array, "b s v"]:
     """Compute the logits of the next token at every position.
 
     Args:
@@ -189,16 +188,15 @@ def forward(
       key: Random key of the adapter's dropout; None for evaluation.
       remat: Parts of each layer that the backward pass recomputes, one of `REMAT_CHOICES`.
       attention: Implementation of attention, see `attention.choose_route`.
-      capture: Names of `MODULES` to return the inputs of.
 
     Returns:
-      Float32 logits [b, s, vocab_size]; with ``capture``, also a dictionary of inputs [layers, b, s, in] by name.
+      Float32 logits.
 
     Raises:
-      InputError: The sequence is empty or longer than ``max_position_embeddings``, or the route, ``remat`` or a
-        captured name is unknown.
+      InputError: The sequence is empty or longer than ``max_position_embeddings``, or the route or ``remat`` is
+        unknown.
     """
-    out = hidden_states(
+    hidden = hidden_states(
         params,
         tokens,
         config,
@@ -207,11 +205,8 @@ def forward(
         key=key,
         remat=remat,
         attention=attention,
-        capture=capture,
     )
-    if capture is None:
-        return unembed(params, out, config)
-    return unembed(params, out[0], config), out[1]
+    return unembed(params, hidden, config)
 
 
 def hidden_states(
@@ -247,10 +242,10 @@ def hidden_states(
       capture: Names of `MODULES` to return the inputs of.
 
     Returns:
-      Hidden states; with ``capture``, also a dictionary of inputs by name.
+      Hidden states; with ``capture``, also a dictionary of inputs [layers, b, s, in] by name.
 
     Raises:
-      InputError: See `forward`; or only one of ``positions`` and ``visible`` is given.
+      InputError: See `forward`; a captured name is unknown; or only one of ``positions`` and ``visible`` is given.
     """
     adapter = NoAdapter() if adapter is None else adapter
     unknown = sorted(set(capture or ()) - set(MODULES))

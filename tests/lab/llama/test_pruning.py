@@ -10,11 +10,11 @@ import pytest
 
 from rora_theory.errors import InputError
 from rora_theory.lab import llama
-from rora_theory.lab.llama import MODULES, LlamaConfig, count_parameters, linear, pruning
+from rora_theory.lab.llama import MODULES, LlamaConfig, count_parameters, hidden_states, linear, pruning
 from rora_theory.lab.llama.pruning import KeptParts, PrunedShape, Scores
 from rora_theory.lab.llama.shapes import SHAPES
 
-forward = jax.jit(llama.forward, static_argnames=("config", "capture"))
+forward = jax.jit(llama.forward, static_argnames="config")
 CONFIG = LlamaConfig(50, 24, 40, 4, 6, 3, 4, attention_bias=True, mlp_bias=True)
 SMOLLM = SHAPES["smollm2-135m"]
 KEPT_PARTS = KeptParts(np.array([0, 2]), np.array([[0, 2], [1, 2]]), np.stack([np.arange(0, 40, 5), np.arange(3, 11)]))
@@ -37,7 +37,7 @@ def statistics(params, tokens):
 
 @pytest.mark.slow
 def test_statistics_are_sums_over_tokens(params, tokens, statistics) -> None:
-    _, inputs = forward(params, tokens, CONFIG, capture=("self_attn.o_proj", "mlp.down_proj"))
+    _, inputs = hidden_states(params, tokens, CONFIG, capture=("self_attn.o_proj", "mlp.down_proj"))
     for name, sums in (("self_attn.o_proj", statistics.attended), ("mlp.down_proj", statistics.gated)):
         np.testing.assert_allclose(sums, np.square(np.asarray(inputs[name], np.float64)).sum(axis=(1, 2)), rtol=1e-5)
     assert int(statistics.tokens) == 18
@@ -54,7 +54,7 @@ def test_statistics_are_sums_over_tokens(params, tokens, statistics) -> None:
 
 def test_a_score_is_the_change_of_the_module_s_outputs(params, tokens, statistics) -> None:
     scores = pruning.score_parts(params, statistics, CONFIG)
-    _, seen = forward(params, tokens, CONFIG, capture=("self_attn.o_proj", "mlp.down_proj"))
+    _, seen = hidden_states(params, tokens, CONFIG, capture=("self_attn.o_proj", "mlp.down_proj"))
     layer, weight = 2, params["layers"]["mlp.down_proj"]["weight"]
     x = seen["mlp.down_proj"][layer]
     for feature in (0, 17):
@@ -119,7 +119,7 @@ def test_norms_of_heads_and_windows_of_layers_stay_with_their_layers(tokens, dra
     # The stream after all layers is not that of the same weights without a window: statistics see it.
     without = dataclasses.replace(QWEN, sliding_window=None, full_attention_layers=())
     sums, other = (pruning.batch_statistics(params, tokens, config).attended for config in (QWEN, without))
-    _, seen = forward(params, tokens, QWEN, capture=("self_attn.o_proj",))
+    _, seen = hidden_states(params, tokens, QWEN, capture=("self_attn.o_proj",))
     np.testing.assert_allclose(sums, np.square(seen["self_attn.o_proj"]).sum(axis=(1, 2)), rtol=1e-5)
     np.testing.assert_allclose(sums[:2], other[:2], rtol=1e-5)
     assert np.abs(sums[2:] / other[2:] - 1).max() > 1e-2
