@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from rora_theory.errors import InputError
-from rora_theory.evidence import derived, source_tables
+from rora_theory.evidence import source_tables, sources
 from rora_theory.evidence.best_rates import best_rates
 from rora_theory.evidence.sources import SOURCES
 from rora_theory.evidence.sweeps import load_sweeps
@@ -36,7 +36,7 @@ def rounded(table: pd.DataFrame) -> pd.DataFrame:
 
 def write(name: str, table: pd.DataFrame) -> None:
     """Write a table of the package."""
-    path = derived.table_path(name)
+    path = sources.table_path(name)
     path.parent.mkdir(exist_ok=True)
     path.write_text(frames.to_csv(rounded(table)))
     print(f"{path}: {len(table)} rows")

@@ -405,8 +405,8 @@ SWEEP_FAULTS = [
     ),
     Fault(
         f"{SWEEP}/law.py",
-        "steps=count, warmup=warmup)\n        # Ratio",
-        "steps=count, warmup=0)\n        # Ratio",
+        "steps=steps, warmup=warmup)\n    for crossing",
+        "steps=steps, warmup=0)\n    for crossing",
         "the law leaves out the warm-up",
     ),
     Fault(

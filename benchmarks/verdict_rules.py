@@ -32,7 +32,7 @@ from rora_theory.stats.curve_optima import Method, quadratic_optima, registratio
 from rora_theory.stats.estimate import Estimate, over_seeds
 from rora_theory.stats.moments import threshold
 from rora_theory.stats.rate_curves import Curve, log2_rates, weighted_log2_rates
-from rora_theory.stats.slopes import BAND, SeedFit, seed_fit, trend
+from rora_theory.stats.slopes import BAND, SlopeFit, seed_fit, trend
 from rora_theory.stats.verdicts import RESOLUTION, Outcome, judge_gaps, judge_range
 from sims.common import cli
 from sims.common.tables import print_records
@@ -331,7 +331,7 @@ def judge_trend(slope: Estimate, *, edge: bool) -> Outcome:
     if edge or not slope.has_error:
         return "undecided"
     trends: dict[str, Outcome] = {"flat": "agrees", "undecided": "undecided"}
-    return trends.get(trend(SeedFit.from_estimate(slope)), "contradicts")
+    return trends.get(trend(SlopeFit(**vars(slope))), "contradicts")
 
 
 def shares(judged: list[Outcome]) -> dict[str, Any]:
@@ -393,7 +393,7 @@ def other_rules(config: VerdictRulesOptions) -> pd.DataFrame:
     for slope, spread, seeds in product((0.0, 0.1, 0.2, 0.5), (0.024, 0.1), (2, 3, 4)):
         slopes = slope + spread * random.normal(size=(config.sweeps, seeds, 1))
         fits = [seed_fit(ranks, ranks**by_seed) for by_seed in slopes]
-        judged = [judge_trend(Estimate(fit.slope, fit.standard_error, seeds, "seeds"), edge=False) for fit in fits]
+        judged = [judge_trend(Estimate(fit.value, fit.error, seeds, "seeds"), edge=False) for fit in fits]
         labels = {"rule": "coordinate check, flat", "truth": slope, "error": spread, "samples": seeds}
         rows.append(labels | {"claim": "true" if abs(slope) <= BAND else "false"} | shares(judged))
     # Regime: 360 ratios of a run, with errors estimated from the adapters. One verdict covers all: fewer runs suffice.

@@ -29,7 +29,7 @@ from rora_theory.lab.sweep import runs as sweep_runs
 from rora_theory.lab.sweep.cell_trainer import CellTrainer
 from rora_theory.lab.sweep.cells import SweepCell, cell_states, describe_models, replace_with_scored
 from rora_theory.lab.sweep.design import AXES, BASE
-from rora_theory.lab.sweep.plan import SweepConfig, SweepPlan, plan_sweep
+from rora_theory.lab.sweep.plan import SweepConfig, plan_sweep
 from rora_theory.runs import devices, frames
 from rora_theory.runs.cells import CELLS_FOLDER
 from rora_theory.runs.cluster import ClusterConfig
@@ -95,17 +95,9 @@ def run_matrix(config: SweepOptions) -> None:
     compare_to = [sweep_runs.read_comparison_runs(config.compare_to, identity)] if config.compare_to else []
     check_free(path)
     runner = config.cluster.runner()
-    cell_trainer = CellTrainer(
-        plan.training,
-        plan.records,
-        plan.tasks,
-        plan.located,
-        scoring=plan.scoring,
-        score_batch_size=config.score_batch_size,
-        measures_parts=config.parts,
-    )
+    cell_trainer = CellTrainer(plan, score_batch_size=config.score_batch_size, measures_parts=config.parts)
     # The numbers of tokens need the tokenizers of all models, but no weights.
-    records = pd.concat([count_record_tokens(plan, cell_trainer, model) for model in reversed(plan.grid.model)][::-1])
+    records = pd.concat([count_record_tokens(cell_trainer, model) for model in reversed(plan.grid.model)][::-1])
     cli.print_notes(cell_trainer.open(cells[0].model))
     device = devices.describe_devices(devices.pick(1))
     extra = {"models": models, "units": analysis.UNITS, "device": device}
@@ -148,10 +140,10 @@ def run_matrix(config: SweepOptions) -> None:
     answers.print_files(path)
 
 
-def count_record_tokens(plan: SweepPlan, cell_trainer: CellTrainer, model: str) -> pd.DataFrame:
+def count_record_tokens(cell_trainer: CellTrainer, model: str) -> pd.DataFrame:
     """Return the source, index and numbers of tokens of the held-out records for a model."""
     tokens, answer_tokens = cell_trainer.count_tokens(model)
-    places = [(source, index) for source, index, _ in plan.records.held_out]
+    places = [(source, index) for source, index, _ in cell_trainer.plan.records.held_out]
     frame = pd.DataFrame(places, columns=["source", "index"])
     return frame.assign(tokens=tokens, answer_tokens=answer_tokens, model=model)
 

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from scipy import special
 
+from rora_theory.advice.best_rate import RateRange
 from rora_theory.errors import InputError
-from rora_theory.evidence.policies import FactorRange, RangedRateFactor
+from rora_theory.evidence.policies import RangedRateFactor
 from rora_theory.evidence.sweeps import BestRateFit, Sweep
 from rora_theory.scaling import check_between
 from rora_theory.stats.estimate import ROUNDING, Estimate, jackknife
@@ -110,7 +111,7 @@ class _Pair(NamedTuple):
     width: float
 
     @classmethod
-    def from_fits(cls, old: BestRateFit, new: BestRateFit, factors: FactorRange) -> "_Pair":
+    def from_fits(cls, old: BestRateFit, new: BestRateFit, factors: RateRange) -> "_Pair":
         distance = new.log2_rate.value - old.log2_rate.value - math.log2(factors.best)
         half_width = math.log2(factors.high / factors.best if distance > 0 else factors.best / factors.low)
         errors = [fit.log2_rate.error if fit.log2_rate.has_error else 0.0 for fit in (old, new)]

@@ -2,12 +2,11 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 from rora_theory import laws
+from rora_theory.advice.best_rate import RateRange, Run, carry_rate
 from rora_theory.advice.constants import CONSTANTS
-from rora_theory.advice.setting import Setting, rank_growth
-from rora_theory.advice.transfer import transfer
+from rora_theory.advice.setting import rank_growth
 from rora_theory.evidence.best_rates import estimate_exponent
 from rora_theory.evidence.sweeps import Sweep
 from rora_theory.laws.displacement import best_rate_factor
@@ -23,21 +22,7 @@ It is 9.2 to 10.6 in SmolLM2-135M and Gemma 3 270M, on training and held-out bat
 """
 
 
-class FactorRange(NamedTuple):
-    """Factor of the best rate with the range that a policy states for it.
-
-    Attributes:
-      low: Lowest factor.
-      best: Factor of the policy.
-      high: Highest factor.
-    """
-
-    low: float
-    best: float
-    high: float
-
-
-RangedRateFactor = Callable[[int, float, int, float], FactorRange]
+RangedRateFactor = Callable[[int, float, int, float], RateRange]
 """Factor of the best rate with its range, from the arguments of `RateFactor`."""
 
 
@@ -100,13 +85,9 @@ def advised(old_rank: int, old_gain: float, rank: int, gain: float) -> float:
     return advised_range(old_rank, old_gain, rank, gain).best
 
 
-def advised_range(old_rank: int, old_gain: float, rank: int, gain: float) -> FactorRange:
+def advised_range(old_rank: int, old_gain: float, rank: int, gain: float) -> RateRange:
     """Return the factor of `rora_theory.transfer` with the range that it states."""
-    # Under alpha / r, G is alpha.
-    rate = 1e-4
-    advice = transfer(Setting(old_rank, old_gain, rate), rank, alpha=gain)
-    low, best, high = advice.rate_range or (advice.learning_rate,) * 3
-    return FactorRange(low / rate, best / rate, high / rate)
+    return carry_rate(1.0, Run(old_rank, old_gain), Run(rank, gain))
 
 
 POLICIES: Mapping[str, RateFactor] = {

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rora_theory.errors import InputError
-from rora_theory.evidence import absolute_rates, derived, histories, regrets
+from rora_theory.evidence import absolute_rates, histories, regrets
 from rora_theory.evidence.best_rates import best_rates, exponents
 from rora_theory.evidence.calibration import calibrate
 from rora_theory.evidence.policies import advised_range, policies_for
-from rora_theory.evidence.sources import SOURCES, SWEEPS
+from rora_theory.evidence.sources import SOURCES, SWEEPS, TABLES, read_table
 from rora_theory.evidence.sweeps import Sweep, full_rates, load_sweeps
 from rora_theory.runs import frames
 
@@ -28,7 +28,7 @@ REFERENCE = "tinker"
 
 
 def sweep_tables(sweeps: Sequence[Sweep], reference: Sequence[Sweep]) -> dict[str, "pd.DataFrame"]:
-    """Compute the tables of one source, by the names of `derived.TABLES`.
+    """Compute the tables of one source, by the names of `sources.TABLES`.
 
     Args:
       sweeps: Sweeps of the source.
@@ -58,7 +58,7 @@ def calibration_table(sweeps: Sequence[Sweep]) -> "pd.DataFrame":
 
 
 def all_tables(folder: Path | None = None) -> dict[str, "pd.DataFrame"]:
-    """Return the tables of all public sources, by the names of `derived.TABLES`.
+    """Return the tables of all public sources, by the names of `sources.TABLES`.
 
     Args:
       folder: Folder with the original files; None reads the tables of the sources without a licence from the package.
@@ -67,7 +67,7 @@ def all_tables(folder: Path | None = None) -> dict[str, "pd.DataFrame"]:
       The tables. Rows of a source whose losses are at hand are computed, all others are read.
     """
     reference = load_sweeps(REFERENCE)
-    computed: dict[str, list[pd.DataFrame]] = {name: [] for name in derived.TABLES}
+    computed: dict[str, list[pd.DataFrame]] = {name: [] for name in TABLES}
     sources = [source for source in SWEEPS if SOURCES[source].file is not None or folder is not None]
     for source in sources:
         sweeps = reference if source == REFERENCE else load_sweeps(source, folder)
@@ -91,7 +91,7 @@ def _with_derived(name: str, computed: Sequence["pd.DataFrame"], sources: Sequen
 
     parts = [table for table in computed if len(table)]
     if set(SOURCES) - set(sources):
-        table = derived.read_table(name)
+        table = read_table(name)
         parts.append(table[~table["source"].isin(sources)])
     return pd.concat([part for part in parts if len(part)], ignore_index=True)
 

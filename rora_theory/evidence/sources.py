@@ -1,12 +1,22 @@
-"""Public sweeps: who published them, at which commit, under which licence and with which settings."""
+"""Public sweeps: who published them, at which commit, under which licence and with which settings, and their tables.
+
+The tables are figures that were computed from the sweeps, and that the package contains. They stand for the sources
+whose licence does not allow to copy the losses themselves. ``benchmarks/public_sweeps.py FOLDER`` writes them from the
+original files.
+"""
 
 import json
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rora_theory.errors import InputError
+from rora_theory.runs import frames
 from rora_theory.scaling import check_choice
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PACKAGE = files("rora_theory.evidence")
 """Folder of the package's data files."""
@@ -90,3 +100,33 @@ def original_path(source: str, folder: Path) -> Path:
     if not path.is_file():
         raise InputError(f"{folder} must contain {path.name}, the losses of {SOURCES[source].title}")
     return path
+
+
+TABLES = (
+    "best_rates", "exponents", "regrets", "absolute_rates", "calibration", "full_ratios", "loss_differences", "speeds",
+)  # fmt: skip
+"""Names of the tables."""
+
+TEXT_COLUMNS = ("source", "model", "policy", "place", "old_place", "steps_of_fit")
+"""Columns that are not read as numbers."""
+
+
+def table_path(table: str) -> Path:
+    """Return the path of a table in the package."""
+    check_choice("table", table, TABLES)
+    return Path(str(PACKAGE.joinpath("tables", f"{table}.csv")))
+
+
+def read_table(table: str) -> "pd.DataFrame":
+    """Read a table.
+
+    Args:
+      table: Name of the table, one of `TABLES`.
+
+    Returns:
+      The table; infinite regrets are those of runs that diverged.
+
+    Raises:
+      InputError: If there is no such table.
+    """
+    return frames.read_csv(table_path(table), text_columns=TEXT_COLUMNS)

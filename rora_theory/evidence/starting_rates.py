@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rora_theory.errors import InputError
-from rora_theory.evidence import derived
 from rora_theory.evidence.policies import advised
-from rora_theory.evidence.sources import PACKAGE
+from rora_theory.evidence.sources import PACKAGE, read_table
 from rora_theory.runs import frames
 from rora_theory.scaling import Rule, check_choice, check_integer, check_positive, scaling_factor
 from rora_theory.stats.slopes import slope_weights
@@ -97,7 +96,7 @@ def models() -> tuple[PublicModel, ...]:
     The numbers of parameters are those in the models' names. For DeepSeek-V3.1, Kimi K2 and gpt-oss, whose names do not
     state the active ones, they come from the model cards (column ``parameters_from`` of ``models.csv``).
     """
-    best = derived.read_table("best_rates")
+    best = read_table("best_rates")
     best = best[best["source"] == SOURCE]
     return tuple(
         PublicModel(

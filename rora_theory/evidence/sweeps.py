@@ -363,7 +363,7 @@ def load_sweeps(source: str, folder: Path | None = None) -> list[Sweep]:
     Args:
       source: Name of the source, see `sources.SWEEPS`.
       folder: Folder with the original files. It is only needed for sources without a licence, which the package
-        represents by figures that were computed from them (`rora_theory.evidence.derived`).
+        represents by figures that were computed from them (`sources.read_table`).
 
     Returns:
       The sweeps; empty if the source has no licence and there is no folder.

@@ -2,16 +2,12 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 from rora_theory.laws.random.seeds import check_seed
 from rora_theory.optimizers import OPTIMIZER_NAMES, OptimizerName
 from rora_theory.scaling import Rule, check_choice, check_integer
 from rora_theory.validation.ranges import check_ranges
 from rora_theory.validation.rules import alpha_at, check_list, check_rules, check_steps
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ from rora_theory.paper import quantities, verdicts
 from rora_theory.paper.verdicts import RANKS
 from rora_theory.runs import frames
 from rora_theory.scaling import Rule, check_between, check_choice, check_integer, exponent, scaling_factor
-from rora_theory.stats.moments import log_log_fit, standard_scores
+from rora_theory.stats.moments import standard_scores
+from rora_theory.stats.slopes import log_log_fit
 from rora_theory.validation.ranges import AtLeastTwo, Count, Positive, check_ranges
 from rora_theory.validation.rules import check_list, check_rules, check_unread, name_of
 
@@ -357,6 +358,8 @@ def exponent_table(results: pd.DataFrame, columns: Sequence[str], ranges: Sequen
         row |= dict.fromkeys(("slope", "standard_error", "exact"), math.nan)
         if len(in_range := group[group["rank"].isin(ranks)]) > 1:
             x, y, errors, exact = (in_range[name].to_numpy(np.float64) for name in FITTED)
-            row |= log_log_fit(x, y, errors)._asdict() | {"exact": log_log_fit(x, exact, 0 * exact).slope}
+            slope = log_log_fit(x, y, errors)
+            row |= {"slope": slope.value, "standard_error": slope.error}
+            row |= {"exact": log_log_fit(x, exact, 0 * exact).value}
         rows.append(row)
     return pd.DataFrame(rows, columns=[*columns, "low", "high", "slope", "standard_error", "exact"])

@@ -23,7 +23,8 @@ from rora_theory.optimizers import OPTIMIZERS, make_optimizer
 from rora_theory.paper import equations
 from rora_theory.scaling import Rule, scaling_factor
 from rora_theory.stats.estimate import Estimate, square_root
-from rora_theory.stats.moments import Fit, log_log_fit, threshold
+from rora_theory.stats.moments import threshold
+from rora_theory.stats.slopes import log_log_fit
 from rora_theory.stats.verdicts import TOLERANCE, Outcome, judge_gap, summarise_outcomes
 
 Status = Literal["holds", "holds in a limit", "fails", "undecided"]
@@ -487,7 +488,7 @@ def _judge_growth(draws: Draws, equation: str, claim: str, rule: Rule, printed: 
     """
 
     # The samples have unit scaling; w is proportional to gamma^2 under SGD.
-    def slope(cells: Mapping[int, sampling.StreamMoments]) -> Fit:
+    def slope(cells: Mapping[int, sampling.StreamMoments]) -> Estimate:
         gamma_squares = [scaling_factor(rule, alpha=1.0, rank=rank) ** 2 for rank in cells]
         unit_norms = [square_root(moments.norm2.mean) for moments in cells.values()]
         norms = [norm.times(square) for norm, square in zip(unit_norms, gamma_squares, strict=True)]
@@ -503,18 +504,18 @@ def _judge_growth(draws: Draws, equation: str, claim: str, rule: Rule, printed: 
         beyond = {rank: draws.moments(rank, 0.5) for rank in (math.ceil(far * overlapping_term) for far in (16, 64))}
     # Claimed slope against the fitted slopes; the limit decides.
     ranks = (draws.low, draws.high)
-    claimed = log_log_fit(ranks, [printed(rank) for rank in ranks], [0.0, 0.0]).slope
+    claimed = log_log_fit(ranks, [printed(rank) for rank in ranks], [0.0, 0.0]).value
     fits = [slope(draws.independent), slope(draws.overlapping), slope(beyond)]
     outcomes = [
         judge_gap(
-            abs(fit.slope - claimed),
-            draws.z * fit.standard_error,
+            abs(fit.value - claimed),
+            draws.z * fit.error,
             tolerance=SLOPE_TOLERANCE,
             resolution=SLOPE_RESOLUTION,
         )
         for fit in fits
     ]
-    independent, overlapping, in_limit = (f"{fit.slope:+.3f} ({fit.standard_error:.3f})" for fit in fits)
+    independent, overlapping, in_limit = (f"{fit.value:+.3f} ({fit.error:.3f})" for fit in fits)
     return Verdict(
         equation,
         claim,

@@ -1,16 +1,15 @@
-"""Running moments with standard errors, log-log slopes, and test thresholds for a false-alarm probability."""
+"""Running moments with standard errors, and test thresholds for a false-alarm probability."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from scipy import special
 
 from rora_theory.stats.estimate import ROUNDING, Estimate, standard_score
-from rora_theory.stats.slopes import slope_weights
 
 _POWERS = 4
 
@@ -102,44 +101,6 @@ class Moments:
             tuple(float.fromhex(value) for value in data["sums"]),
             tuple(float.fromhex(value) for value in data["rests"]),
         )
-
-
-class Fit(NamedTuple):
-    """A log-log slope and its standard error.
-
-    Attributes:
-      slope: Fitted slope.
-      standard_error: Standard error of the slope.
-    """
-
-    slope: float
-    standard_error: float
-
-
-def log_log_fit(
-    x: Sequence[float] | Float[np.ndarray, " n"],
-    y: Sequence[float] | Float[np.ndarray, " n"],
-    errors: Sequence[float] | Float[np.ndarray, " n"],
-) -> Fit:
-    """Fit the least-squares slope of log y against log x without weights.
-
-    A curve that is not a power law thus gets its average slope over the range of x, not the slope at its most precise
-    end. The standard error reflects only the sampling errors of y.
-
-    Args:
-      x: At least two different positive values.
-      y: Positive values.
-      errors: Standard errors of y; 0 for exact values.
-
-    Returns:
-      The slope and its standard error.
-    """
-    log_x, log_y = np.log(np.asarray(x, np.float64)), np.log(np.asarray(y, np.float64))
-    # Standard errors of log y, to first order.
-    log_errors = np.asarray(errors, np.float64) / np.asarray(y, np.float64)
-    # The slope is a weighted sum of the log y, whose errors are independent.
-    weights = slope_weights(log_x)
-    return Fit(float(weights @ log_y), float(np.sqrt(np.sum((weights * log_errors) ** 2))))
 
 
 def standard_scores(estimates: Sequence[float], errors: Sequence[float], exact: Sequence[float]) -> list[float]:

@@ -19,7 +19,7 @@ from rora_theory.runs import frames
 from rora_theory.stats import slopes
 from rora_theory.stats.estimate import ROUNDING, Estimate, over_seeds
 from rora_theory.stats.rate_optimum import Best, fit_minima, grid_gap, predicted_slopes, rate_gap
-from rora_theory.stats.slopes import SeedFit
+from rora_theory.stats.slopes import SlopeFit
 from rora_theory.stats.verdicts import judge_equivalence
 
 if TYPE_CHECKING:
@@ -312,7 +312,7 @@ def rate_slopes(curves: Sequence[Curve]) -> "pd.DataFrame":
         log_ranks = np.log([curve.rank for curve in fitted_curves])
         slope = weighted_log2_rates(math.log(2) * slopes.slope_weights(log_ranks), *fitted_curves)
         mean_log_rates = np.array([np.mean(log2_rates(curve.replicates)) for curve in fitted_curves]) * math.log(2)
-        fit = SeedFit.from_estimate(slope, slopes.departure(log_ranks, mean_log_rates, slope.value))
+        fit = SlopeFit(**vars(slope), departure=slopes.departure(log_ranks, mean_log_rates, slope.value))
         # All predictions that the interval cannot exclude.
         optimizer, trained, _, kappa = line
         predicted = predicted_slopes(optimizer, kappa, trained=trained)  # type: ignore[arg-type]

@@ -1,7 +1,8 @@
-"""Log-log slopes fitted for each seed, and the test whether they lie within a band around zero."""
+"""Log-log slopes with their errors, fitted for each seed or to estimates, and the test whether they are about zero."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -16,27 +17,16 @@ BAND = 0.1
 """Largest absolute slope that counts as flat: the quantity changes by less than a third over the ranks 8 to 128."""
 
 
-class SeedFit(NamedTuple):
-    """A log-log slope that is fitted for each seed separately.
+@dataclass(frozen=True)
+class SlopeFit(Estimate):
+    """A log-log slope: the mean over seeds of the slopes that are fitted for each seed separately.
 
     Attributes:
-      slope: Mean slope over seeds.
-      standard_error: Standard error of the mean, from the spread over seeds; infinity for a single seed.
-      seeds: Number of seeds.
       departure: Largest distance of a point (mean over seeds of log y) from the line, divided by the range of log x, so
         that it has the unit of a slope. 0 for two points.
-      bound: Additional error that does not average out, see `Estimate`.
     """
 
-    slope: float
-    standard_error: float
-    seeds: int
     departure: float = 0.0
-    bound: float = 0.0
-
-    def half_width(self, confidence: float = CONFIDENCE) -> float:
-        """Compute half the two-sided confidence interval by Student's t, plus the bound."""
-        return Estimate(self.slope, self.standard_error, self.seeds, "seeds", self.bound).half_width(confidence)
 
     def row(self, band: float = BAND) -> dict[str, Any]:
         """Return the columns ``slope``, ``standard_error``, ``half_width``, ``seeds`` and ``verdict`` of a table.
@@ -44,16 +34,11 @@ class SeedFit(NamedTuple):
         Args:
           band: Largest absolute slope that counts as flat, see `trend`.
         """
-        fit = {"slope": self.slope, "standard_error": self.standard_error, "half_width": self.half_width()}
-        return fit | {"seeds": self.seeds, "verdict": trend(self, band)}
-
-    @classmethod
-    def from_estimate(cls, slope: Estimate, departure: float = 0.0) -> "SeedFit":
-        """Create a fit from a mean over seeds of slopes or of differences of slopes."""
-        return cls(slope.value, slope.error, slope.n, departure, slope.bound)
+        fit = {"slope": self.value, "standard_error": self.error, "half_width": self.half_width()}
+        return fit | {"seeds": self.n, "verdict": trend(self, band)}
 
 
-def seed_fit(x: Sequence[float] | Float[np.ndarray, " n"], y: Float[np.ndarray, "seeds n"]) -> SeedFit:
+def seed_fit(x: Sequence[float] | Float[np.ndarray, " n"], y: Float[np.ndarray, "seeds n"]) -> SlopeFit:
     """Fit the mean of `seed_slopes` and its standard error.
 
     Points of one seed may share noise (nested factors, one problem). The spread over seeds includes it.
@@ -71,7 +56,7 @@ def seed_fit(x: Sequence[float] | Float[np.ndarray, " n"], y: Float[np.ndarray, 
     slope = over_seeds(seed_slopes(x, y))
     log_x = np.log(np.asarray(x, np.float64))
     mean_log_y = np.mean(np.log(np.atleast_2d(np.asarray(y, np.float64))), axis=0)
-    return SeedFit.from_estimate(slope, departure(log_x, mean_log_y, slope.value))
+    return SlopeFit(**vars(slope), departure=departure(log_x, mean_log_y, slope.value))
 
 
 def departure(log_x: Float[np.ndarray, " n"], log_y: Float[np.ndarray, " n"], slope: float) -> float:
@@ -127,7 +112,33 @@ def slope_weights(x: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     return centred / np.sum(centred**2)
 
 
-def trend(fit: SeedFit, band: float = BAND, confidence: float = CONFIDENCE) -> Trend:
+def log_log_fit(
+    x: Sequence[float] | Float[np.ndarray, " n"],
+    y: Sequence[float] | Float[np.ndarray, " n"],
+    errors: Sequence[float] | Float[np.ndarray, " n"],
+) -> Estimate:
+    """Fit the least-squares slope of log y against log x without weights.
+
+    A curve that is not a power law thus gets its average slope over the range of x, not the slope at its most precise
+    end. The standard error reflects only the sampling errors of y.
+
+    Args:
+      x: At least two different positive values.
+      y: Positive values.
+      errors: Standard errors of y; 0 for exact values.
+
+    Returns:
+      The slope with its standard error over draws.
+    """
+    log_x, log_y = np.log(np.asarray(x, np.float64)), np.log(np.asarray(y, np.float64))
+    # Standard errors of log y, to first order.
+    log_errors = np.asarray(errors, np.float64) / np.asarray(y, np.float64)
+    # The slope is a weighted sum of the log y, whose errors are independent.
+    weights = slope_weights(log_x)
+    return Estimate(float(weights @ log_y), float(np.linalg.norm(weights * log_errors)), len(log_x), "draws")
+
+
+def trend(fit: SlopeFit, band: float = BAND, confidence: float = CONFIDENCE) -> Trend:
     """Classify a slope as flat, growing, shrinking or undecided.
 
     It is ``"flat"`` if the whole confidence interval lies within ``band`` of zero and the departure from the line does
@@ -143,14 +154,14 @@ def trend(fit: SeedFit, band: float = BAND, confidence: float = CONFIDENCE) -> T
       The classification.
 
     Examples:
-      >>> trend(SeedFit(0.02, 0.01, 5)), trend(SeedFit(0.5, 0.01, 5)), trend(SeedFit(0.02, 0.1, 5))
-      ('flat', 'grows', 'undecided')
+      >>> [trend(SlopeFit(slope, error, 5, "seeds")) for slope, error in ((0.02, 0.01), (0.5, 0.01), (0.02, 0.1))]
+      ['flat', 'grows', 'undecided']
     """
-    result = judge_equivalence(fit.slope, fit.half_width(confidence), margin=band, threshold=band)
+    result = judge_equivalence(fit.value, fit.half_width(confidence), margin=band, threshold=band)
     if result == "equal" and fit.departure <= band:
         return "flat"
-    if result == "differs" and fit.departure <= abs(fit.slope):
-        return "grows" if fit.slope > 0 else "shrinks"
+    if result == "differs" and fit.departure <= abs(fit.value):
+        return "grows" if fit.value > 0 else "shrinks"
     return "undecided"
 
 
@@ -161,7 +172,7 @@ def assert_flat(
     band: float = BAND,
     confidence: float = CONFIDENCE,
     label: str = "y",
-) -> SeedFit:
+) -> SlopeFit:
     """Assert in a test that log y does not depend on log x.
 
     The assertion also fails if the trend is undecided. In that case use more seeds or a wider band.
@@ -184,8 +195,8 @@ def assert_flat(
     result = trend(fit, band, confidence)
     if result != "flat":
         raise AssertionError(
-            f"{label} is not flat but {result}: slope {fit.slope:+.3f} ± {fit.half_width(confidence):.3f} "
-            f"({confidence:.0%}, {fit.seeds} seeds) against a band of ±{band:g}, and largest departure from the line "
+            f"{label} is not flat but {result}: slope {fit.value:+.3f} ± {fit.half_width(confidence):.3f} "
+            f"({confidence:.0%}, {fit.n} seeds) against a band of ±{band:g}, and largest departure from the line "
             f"{fit.departure:.3f}"
         )
     return fit

@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from rora_theory.advice.best_rate import RateRange
 from rora_theory.errors import InputError
 from rora_theory.evidence.calibration import calibrate
-from rora_theory.evidence.policies import FactorRange
 from rora_theory.evidence.sweeps import RunRecord, sweeps_of
 from rora_theory.stats.estimate import Estimate
 
@@ -17,7 +17,7 @@ RATES = np.geomspace(1e-5, 1e-1, 41)
 
 def within(factor: float):
     """Return the policy that keeps the rate and states a range of a factor on both sides."""
-    return lambda *_: FactorRange(1 / factor, 1.0, factor)
+    return lambda *_: RateRange(1 / factor, 1.0, factor)
 
 
 def models_with_ratios(ratios: list[float]):

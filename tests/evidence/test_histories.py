@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rora_theory.evidence import derived
+from rora_theory.evidence import sources
 from rora_theory.evidence.histories import (
     SPEED_STEPS,
     loss_difference_table,
@@ -49,7 +49,7 @@ def test_differences_are_paired_by_step() -> None:
 
 def test_the_published_figures_by_an_independent_path(originals: Path) -> None:
     frame = pd.read_csv(original_path("apertus", originals))
-    differences, speeds = derived.read_table("loss_differences"), derived.read_table("speeds")
+    differences, speeds = sources.read_table("loss_differences"), sources.read_table("speeds")
     spreads = spread_table(differences)
     first_look = {  # of THEORY: model, steps, lowest rank
         ("8B", 5, 8): 0.012, ("8B", 17, 8): 0.0016, ("8B", 65, 8): 0.0006, ("8B", 5, 1): 0.037, ("8B", 17, 1): 0.009,

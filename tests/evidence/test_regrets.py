@@ -9,7 +9,7 @@ import pytest
 from scipy.interpolate import PchipInterpolator
 
 from rora_theory import Setting, transfer
-from rora_theory.evidence import derived
+from rora_theory.evidence import sources
 from rora_theory.evidence.policies import (
     LEFT_OUT,
     POLICIES,
@@ -119,10 +119,10 @@ def independent_regrets(
 
 @pytest.mark.slow
 def test_the_published_means_by_an_independent_path(originals: Path) -> None:
-    tables = [regret_table(load_sweeps("tinker"), lambda _: POLICIES), derived.read_table("regrets")]
+    tables = [regret_table(load_sweeps("tinker"), lambda _: POLICIES), sources.read_table("regrets")]
     summary = summarise_regrets(pd.concat(tables))
     summary = summary[summary["pairs_of"] == "all ranks"].set_index(["source", "policy"])
-    best = derived.read_table("best_rates")
+    best = sources.read_table("best_rates")
     best = best[best["place"] == "inside"]
     first_look = {  # of the README beside the originals, where best rates are vertices in the loss itself
         ("tinker", "keep the rate"): 0.0008, ("qwen3-4b", "keep the rate"): 0.0036,

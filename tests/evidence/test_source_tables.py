@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from rora_theory.evidence import derived, source_tables
+from rora_theory.evidence import source_tables, sources
 from rora_theory.evidence.sources import SOURCES, SWEEPS
 
 KEYS = {
@@ -23,10 +23,10 @@ KEYS = {
 @pytest.mark.slow
 def test_the_packages_tables_are_those_of_the_originals(originals: Path) -> None:
     computed = source_tables.all_tables(originals)
-    assert set(computed) == set(derived.TABLES) == set(KEYS)
+    assert set(computed) == set(sources.TABLES) == set(KEYS)
     unlicensed = [name for name, source in SOURCES.items() if source.file is None]
     for name, keys in KEYS.items():
-        shipped = derived.read_table(name).set_index(keys).sort_index()
+        shipped = sources.read_table(name).set_index(keys).sort_index()
         fresh = computed[name]
         fresh = fresh if name == "best_rates" else fresh[fresh["source"].isin(unlicensed)]
         fresh = fresh.set_index(keys).sort_index()
@@ -50,6 +50,6 @@ def test_every_source_has_its_settings() -> None:
     # Only a source with a licence has its losses in the package.
     for source in SOURCES.values():
         assert (source.file is None) == (source.licence == "none stated")
-    packaged = {path.name for path in derived.table_path("speeds").parent.parent.glob("*.csv")}
+    packaged = {path.name for path in sources.table_path("speeds").parent.parent.glob("*.csv")}
     assert packaged == {"models.csv", *(source.file for source in SOURCES.values() if source.file)}
     assert set(SWEEPS) < set(SOURCES)

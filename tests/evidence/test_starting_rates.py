@@ -8,7 +8,7 @@ import pytest
 
 from rora_theory import Setting, transfer
 from rora_theory.errors import InputError
-from rora_theory.evidence import absolute_rates, derived, starting_rates
+from rora_theory.evidence import absolute_rates, sources, starting_rates
 from rora_theory.evidence.starting_rates import PublicModel, fit, starting_rate
 from rora_theory.evidence.sweeps import load_sweeps
 
@@ -88,7 +88,7 @@ def test_the_models_and_their_sizes() -> None:
 
 def test_the_mean_over_ranks_by_an_independent_path() -> None:
     """Best rates transferred to rank 16 and averaged, with the exponent of the advice's own power law."""
-    best = derived.read_table("best_rates")
+    best = sources.read_table("best_rates")
     exponent = math.log(transfer(Setting(16, 32.0, 1.0), 64, alpha=32.0).learning_rate) / math.log(4)
     for name in ("Qwen/Qwen3-8B-Base", "meta-llama/Llama-3.2-1B", "deepseek-ai/DeepSeek-V3.1"):
         rows = best[(best["model"] == name) & best["place"].isin(["inside", "beside a diverged run"])]

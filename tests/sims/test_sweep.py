@@ -115,9 +115,10 @@ def test_options_reach_the_cell_trainer(model, data, tmp_path, monkeypatch) -> N
     """This includes settings that are not in the identity of its cells."""
     received = {}
 
-    def build_cell_trainer(shared, records, tasks, located, **more):
-        received.update(more, dtype=shared.dtype, checkpoint_every=shared.checkpoint_every)
-        received.update(trained_on=len(records.train), tasks=list(tasks), located=list(located))
+    def build_cell_trainer(plan, **more):
+        received.update(more, dtype=plan.training.dtype, checkpoint_every=plan.training.checkpoint_every)
+        received.update(trained_on=len(plan.records.train), tasks=list(plan.tasks), located=list(plan.located))
+        received.update(scoring=plan.scoring)
         raise InputError("seen")
 
     monkeypatch.setattr(sim, "CellTrainer", build_cell_trainer)

@@ -8,11 +8,11 @@ from scipy import stats
 
 from rora_theory.errors import InputError
 from rora_theory.stats.estimate import Estimate, jackknife, over_seeds, proportion, square_root
-from rora_theory.stats.slopes import SeedFit
+from rora_theory.stats.slopes import SlopeFit
 
 
 @pytest.mark.parametrize(
-    "make", [lambda error, n: Estimate(0.5, error, n, "seeds", 0.25), lambda *a: SeedFit(0.5, *a, bound=0.25)]
+    "make", [lambda error, n: Estimate(0.5, error, n, "seeds", 0.25), lambda *a: SlopeFit(0.5, *a, "seeds", 0.25)]
 )
 def test_half_width_is_students_plus_the_bound(make) -> None:
     assert make(2.0, 5).half_width(0.9) == pytest.approx(2 * stats.t.ppf(0.95, 4) + 0.25)

@@ -7,7 +7,7 @@ import pytest
 
 from rora_theory.errors import InputError
 from rora_theory.stats import slopes
-from rora_theory.stats.slopes import SeedFit
+from rora_theory.stats.slopes import SlopeFit
 
 RANKS = [4, 16, 64, 256]
 
@@ -23,29 +23,30 @@ def test_the_slope_is_the_mean_over_seeds_of_least_squares():
     y = powers([0.3, 0.5, 0.7], noise=0.3)
     by_seed = [np.polyfit(np.log(RANKS), np.log(row), 1)[0] for row in y]
     fit = slopes.seed_fit(RANKS, y)
-    assert (fit.slope, fit.seeds) == (pytest.approx(np.mean(by_seed), abs=1e-12), 3)
-    assert fit.standard_error == pytest.approx(np.std(by_seed, ddof=1) / math.sqrt(3), rel=1e-9)
+    assert (fit.value, fit.n) == (pytest.approx(np.mean(by_seed), abs=1e-12), 3)
+    assert fit.error == pytest.approx(np.std(by_seed, ddof=1) / math.sqrt(3), rel=1e-9)
     pair = slopes.seed_fit([2, 8], np.array([[1.0, 4.0], [1.0, 4.0]]))
-    assert pair == (pytest.approx(1.0), pytest.approx(0, abs=1e-12), 2, 0.0, 0.0), "two points are on a line"
+    assert (pair.value, pair.n, pair.bound) == (pytest.approx(1.0), 2, 0.0)
+    assert (pair.error, pair.departure) == (pytest.approx(0, abs=1e-12), 0.0), "two points are on a line"
 
 
 @pytest.mark.parametrize(
     ("fit", "options", "verdict"),
     [
-        (SeedFit(0.0, 0.01, 5), {}, "flat"),
-        (SeedFit(0.09, 0.01, 5), {}, "undecided"),
-        (SeedFit(0.2, 0.01, 5), {}, "grows"),
-        (SeedFit(-0.2, 0.01, 5), {}, "shrinks"),
-        (SeedFit(0.0, 0.5, 5), {}, "undecided"),
-        (SeedFit(0.0, math.inf, 1), {}, "undecided"),
-        (SeedFit(0.25, 0.0, 2), {"band": 0.25}, "flat"),  # the band's end belongs to it
-        (SeedFit(0.0, 0.05, 3), {"confidence": 0.5}, "flat"),
-        (SeedFit(0.0, 0.05, 3), {"confidence": 0.95}, "undecided"),
+        (SlopeFit(0.0, 0.01, 5, "seeds"), {}, "flat"),
+        (SlopeFit(0.09, 0.01, 5, "seeds"), {}, "undecided"),
+        (SlopeFit(0.2, 0.01, 5, "seeds"), {}, "grows"),
+        (SlopeFit(-0.2, 0.01, 5, "seeds"), {}, "shrinks"),
+        (SlopeFit(0.0, 0.5, 5, "seeds"), {}, "undecided"),
+        (SlopeFit(0.0, math.inf, 1, "seeds"), {}, "undecided"),
+        (SlopeFit(0.25, 0.0, 2, "seeds"), {"band": 0.25}, "flat"),  # the band's end belongs to it
+        (SlopeFit(0.0, 0.05, 3, "seeds"), {"confidence": 0.5}, "flat"),
+        (SlopeFit(0.0, 0.05, 3, "seeds"), {"confidence": 0.95}, "undecided"),
         # The departure is limited by the band for a flat trend, and by the slope for a growing one.
-        (SeedFit(0.0, 0.0, 3, departure=0.25), {"band": 0.25}, "flat"),
-        (SeedFit(0.0, 0.0, 3, departure=0.26), {"band": 0.25}, "undecided"),
-        (SeedFit(-0.5, 0.0, 3, departure=0.5), {}, "shrinks"),
-        (SeedFit(-0.5, 0.0, 3, departure=0.51), {}, "undecided"),
+        (SlopeFit(0.0, 0.0, 3, "seeds", departure=0.25), {"band": 0.25}, "flat"),
+        (SlopeFit(0.0, 0.0, 3, "seeds", departure=0.26), {"band": 0.25}, "undecided"),
+        (SlopeFit(-0.5, 0.0, 3, "seeds", departure=0.5), {}, "shrinks"),
+        (SlopeFit(-0.5, 0.0, 3, "seeds", departure=0.51), {}, "undecided"),
     ],
 )
 def test_trends(fit, options, verdict):
@@ -54,7 +55,7 @@ def test_trends(fit, options, verdict):
 
 def test_assert_flat():
     flat = powers([0.01, -0.01, 0.02])
-    assert slopes.assert_flat(RANKS, flat).slope == pytest.approx(0.02 / 3)
+    assert slopes.assert_flat(RANKS, flat).value == pytest.approx(0.02 / 3)
     with pytest.raises(AssertionError, match=r"the loss.*grows.*\+0\.500"):
         slopes.assert_flat(RANKS, powers([0.5, 0.51, 0.49]), label="the loss")
     with pytest.raises(AssertionError, match="undecided"):
@@ -74,7 +75,7 @@ def test_the_departure_is_of_the_seeds_mean_from_the_line():
     The mean 1/2, 5/2, 4 has the slope 7/8 and departs by 1/6 of the range of 4.
     """
     fit = slopes.seed_fit(RANKS[:3], np.array([[1.0, 8.0, 4.0], [2.0, 4.0, 64.0]]))
-    assert (fit.slope, fit.departure) == pytest.approx((7 / 8, 1 / 24))
+    assert (fit.value, fit.departure) == pytest.approx((7 / 8, 1 / 24))
 
 
 @pytest.mark.parametrize(
@@ -97,5 +98,5 @@ def test_values_that_have_no_slope(x, y, message):
 def test_interval_covers():
     """In 2000 experiments the 95% interval of the mean slope covers the truth in 95%, with |z| < 4."""
     fits = [slopes.seed_fit(RANKS, powers([0.4] * 4, noise=0.2, seed=s)) for s in range(2000)]
-    covered = np.mean([abs(fit.slope - 0.4) <= fit.half_width(0.95) for fit in fits])
+    covered = np.mean([abs(fit.value - 0.4) <= fit.half_width(0.95) for fit in fits])
     assert abs(covered - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 2000)

@@ -6,7 +6,7 @@ of all numbers of steps.
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,9 +21,8 @@ from rora_theory.defaults import SCORE_BATCH_SIZE
 from rora_theory.errors import InputError
 from rora_theory.lab import adapters, llama
 from rora_theory.lab.adapters import LoraAdapter
-from rora_theory.lab.data.tasks import TaskRecord
 from rora_theory.lab.evaluate.accuracies import accuracies
-from rora_theory.lab.evaluate.scoring import Sample, Scoring, in_order, score_tasks
+from rora_theory.lab.evaluate.scoring import Sample, in_order, score_tasks
 from rora_theory.lab.finetune import (
     Batches,
     Examples,
@@ -42,7 +41,7 @@ from rora_theory.lab.finetune.step import SharedSteps
 from rora_theory.lab.llama.quantised import Quantization
 from rora_theory.lab.sweep import change_parts, results
 from rora_theory.lab.sweep.cells import SweepCell
-from rora_theory.lab.sweep.records import RecordSplit
+from rora_theory.lab.sweep.plan import SweepPlan
 from rora_theory.lab.sweep.runs import Reading, ReadRun
 from rora_theory.runs.reading import CHECKPOINTS
 from rora_theory.validation.rules import check_steps
@@ -69,30 +68,17 @@ class CellTrainer:
     """Model in memory with tokenized records and compiled steps, on which cells run.
 
     Args:
-      shared: Settings that all fine-tuning runs share. Its template, cutoff, widths and loss_on apply to the records,
-        its dtype to the weights. A run of at most checkpoint_every steps writes no checkpoint.
-      records: Training and held-out records.
-      tasks: Items to score.
-      located: Locations of the models by name.
-      scoring: Protocol of the scoring.
+      plan: Records, tasks, models, and the settings that all fine-tuning runs share. Of these, template, cutoff, widths
+        and loss_on apply to the records, the dtype to the weights. A run of at most checkpoint_every steps writes no
+        checkpoint.
       score_batch_size: Batch size of the scoring.
       measures_parts: Whether to measure the A part and the B part of the change (`change_parts`) at every read-out.
     """
 
     def __init__(
-        self,
-        shared: FinetuneConfig,
-        records: RecordSplit,
-        tasks: Mapping[str, list[TaskRecord]],
-        located: Mapping[str, llama.ModelSource],
-        *,
-        scoring: Scoring,
-        score_batch_size: int = SCORE_BATCH_SIZE,
-        measures_parts: bool = False,
+        self, plan: SweepPlan, *, score_batch_size: int = SCORE_BATCH_SIZE, measures_parts: bool = False
     ) -> None:
-        self.shared, self.records, self.tasks, self.located = shared, records, tasks, located
-        self.scoring, self.score_batch_size = scoring, score_batch_size
-        self.measures_parts = measures_parts
+        self.plan, self.score_batch_size, self.measures_parts = plan, score_batch_size, measures_parts
         self._opened: tuple[str, str] | None = None
         self._tokenized: str | None = None
         self.model: Any = None
@@ -100,9 +86,8 @@ class CellTrainer:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle this object without its model, which is opened again where it is used."""
-        options: dict[str, Any] = {"scoring": self.scoring, "score_batch_size": self.score_batch_size}
-        options["measures_parts"] = self.measures_parts
-        return partial(CellTrainer, **options), (self.shared, self.records, self.tasks, self.located)
+        options: dict[str, Any] = {"score_batch_size": self.score_batch_size, "measures_parts": self.measures_parts}
+        return partial(CellTrainer, **options), (self.plan,)
 
     def open(self, model: str, quantization: Quantization | None = None) -> list[str]:
         """Load a model and tokenize the records for it, unless it is already in memory.
@@ -117,20 +102,20 @@ class CellTrainer:
         Raises:
           InputError: If `llama.load` or `tokenize` refuses the model.
         """
-        quantization = quantization or self.shared.quantization
+        quantization = quantization or self.plan.training.quantization
         if (model, quantization) == self._opened:
             return []
         # Free the memory of the previous model before loading the next one.
         self._opened = self.model = None
         # Unsuitable records are refused before the weights are read.
         self.tokenize(model)
-        self.model = llama.load(self._find(model), jnp.dtype(self.shared.dtype), quantization=quantization)
+        self.model = llama.load(self._find(model), jnp.dtype(self.plan.training.dtype), quantization=quantization)
         # Compiled steps of another model would not be used again.
         self._opened, self.steps = (model, quantization), SharedSteps()
         return self.model.origin.terms
 
     def _find(self, model: str) -> llama.ModelSource:
-        located = self.located[model]
+        located = self.plan.located[model]
         # Another machine of a cluster may not have the files of a hub id yet.
         return located if located.path.exists() else llama.locate(located.name, located.commit)
 
@@ -143,21 +128,21 @@ class CellTrainer:
         """
         if model == self._tokenized:
             return
-        located = self._find(model)
+        located, records, training = self._find(model), self.plan.records, self.plan.training
         tokenizer, longest = llama.model_tokenizer(located), llama.model_config(located).max_position_embeddings
         # The prompt is that of the records, rendered with the model's own chat template if they are chats.
-        template = self.records.source.template(self.shared.template)
-        chat = self.records.source.chat(tokenizer, template)
-        if chat is not None and chat.uses_date and self.records.source.config.chat_date is None:
+        template = records.source.template(training.template)
+        chat = records.source.chat(tokenizer, template)
+        if chat is not None and chat.uses_date and records.source.config.chat_date is None:
             raise InputError(f"{chat.where}: the chat template needs a date. Set chat_date to YYYY-MM-DD.")
         encode = partial(tokenize, tokenizer=tokenizer, template=template, chat=chat)
-        answer_only = self.shared.loss_on == "answer"
-        self.train_examples: Examples = encode(self.records.train, cutoff=self.shared.cutoff, answer_only=answer_only)
+        answer_only = training.loss_on == "answer"
+        self.train_examples: Examples = encode(records.train, cutoff=training.cutoff, answer_only=answer_only)
         # Few padded lengths keep the number of compilations low.
-        self._widths = choose_widths(self.train_examples.input_lengths, self.shared.widths)
+        self._widths = choose_widths(self.train_examples.input_lengths, training.widths)
         # Held-out records are kept whole, because losses are compared over the same tokens.
         self.held_out: Examples = encode(
-            [record for _, _, record in self.records.held_out], cutoff=longest, answer_only=True
+            [record for _, _, record in records.held_out], cutoff=longest, answer_only=True
         )
         if self.held_out.truncated:
             raise InputError(
@@ -192,8 +177,8 @@ class CellTrainer:
 
     def evaluate_cell(self, cell: SweepCell, folder: Path) -> EvaluatedCell:
         """Train and evaluate a cell without writing its results; the arguments are those of `run_cell`."""
-        training = cell.training(self.shared)
-        self.open(cell.model, training.quantization if training else self.shared.quantization)
+        training = cell.training(self.plan.training)
+        self.open(cell.model, training.quantization if training else self.plan.training.quantization)
         start_time = time.perf_counter()
         if training is None:
             evaluated = EvaluatedCell(ReadRun([], [self._read_out(0, self.model.params, None)]))
@@ -205,7 +190,7 @@ class CellTrainer:
         samples: list[Sample] = []
         if cell.evaluation is not None and evaluated.run.diverged_at is None:
             samples = self._score(*self._merged(evaluated.adapter))
-            levels = accuracies(samples, [record for items in self.tasks.values() for record in items])
+            levels = accuracies(samples, [record for items in self.plan.tasks.values() for record in items])
             result["levels"] = [asdict(level) for level in levels]
             result["accuracy_seconds"] = time.perf_counter() - trained_time
         result["seconds"] = time.perf_counter() - start_time
@@ -230,8 +215,6 @@ class CellTrainer:
         training: FinetuneConfig,
         read_at: Sequence[int],
         folder: Path | None = None,
-        *,
-        inputs: dict[str, Float[np.ndarray, "layers tokens p_in"]] | None = None,
     ) -> EvaluatedCell:
         """Fine-tune the open model to the last of ``read_at``, and evaluate the held-out records after each.
 
@@ -241,8 +224,6 @@ class CellTrainer:
           training: Fine-tuning configuration.
           read_at: Numbers of steps in ascending order. A schedule that decays allows one number only.
           folder: Folder for the training curve and checkpoints; None writes neither.
-          inputs: Inputs of the modules at which the parts of the change are measured; None computes
-            `lab.sweep.change_parts.module_inputs` of the held-out records if ``measures_parts``.
 
         Returns:
           The run up to its end or its last finite read-out, with the trained adapter if it did not diverge.
@@ -255,16 +236,16 @@ class CellTrainer:
             raise InputError(
                 f"read_at must be a single step with schedule {training.schedule!r}, got {' '.join(map(str, read_at))}"
             )
-        training = replace(training, steps=read_at[-1], checkpoint_every=self.shared.checkpoint_every)
+        training = replace(training, steps=read_at[-1], checkpoint_every=self.plan.training.checkpoint_every)
         adapter, batches = self.begin(training)
         model = self.model
         # Keep A before training, and the inputs of the modules, to split the change into its parts.
         start: LoraAdapter | None = None
+        inputs: dict[str, Float[np.ndarray, "layers tokens p_in"]] = {}
         if self.measures_parts and isinstance(adapter, LoraAdapter) and not adapter.config.use_dora:
             # Copy to the host: training donates the arrays of the adapter.
             start = adapter.replace(jax.device_get(adapter.params))
-            if inputs is None:
-                inputs = change_parts.module_inputs(model.params, model.config, self.held_out, adapter)
+            inputs = change_parts.module_inputs(model.params, model.config, self.held_out, adapter)
         # A short run is repeated after an interruption, which costs less than its checkpoints. So is one with earlier
         # read-outs, which are not saved.
         resumes = len(read_at) == 1 and read_at[-1] > training.checkpoint_every
@@ -301,7 +282,7 @@ class CellTrainer:
                     if not math.isfinite(math.fsum(reading.losses)):
                         error = "the held-out loss is not finite"
                         return EvaluatedCell(replace(run, diverged_at=event.step), result | {"error": error}, trained)
-                    if start is not None and inputs is not None:
+                    if start is not None:
                         parts = change_parts.compute_part_rms(start, trained, inputs)
                         reading = replace(reading, parts=parts.to_dict("list"))
                     run.readings.append(reading)
@@ -331,8 +312,8 @@ class CellTrainer:
         """Score the tasks, and return the items in the order of tasks."""
         samples = score_tasks(
             replace(self.model, params=params),
-            self.tasks,
-            self.scoring,
+            self.plan.tasks,
+            self.plan.scoring,
             adapter=adapter,
             batch_size=self.score_batch_size,
         )

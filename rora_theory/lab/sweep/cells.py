@@ -10,17 +10,10 @@ from rora_theory.errors import InputError
 from rora_theory.lab import llama
 from rora_theory.lab.finetune import FinetuneConfig
 from rora_theory.lab.sweep.design import BASE, METHODS, SweepGrid
-from rora_theory.lab.sweep.records import RecordSplit
 from rora_theory.runs.cells import CELLS_FOLDER, ERROR_FILE
-from rora_theory.runs.reading import as_json, key_of, read_finished_cells, read_manifest
+from rora_theory.runs.reading import key_of, read_finished_cells, read_manifest
 from rora_theory.scaling import scaling_factor
 from rora_theory.validation.rules import check_warmup
-
-NOT_SHARED = (
-    "method", "rule", "rank", "alpha", "lr", "seed", "held_out", "steps", "epochs", "evaluate_every",
-    "checkpoint_every",
-)  # fmt: skip
-"""Settings of a fine-tuning run that vary by cell, change no result, or have another name in a sweep's identity."""
 
 
 @dataclass(frozen=True)
@@ -185,27 +178,3 @@ def describe_models(
         if training is not None:
             training.adapter().table(configs[cell.model])
     return {name: {"parameters": llama.count_parameters(config)} for name, config in configs.items()}
-
-
-def sweep_identity(
-    grid: SweepGrid,
-    shared: FinetuneConfig,
-    records: RecordSplit,
-    located: Mapping[str, llama.ModelSource],
-    *,
-    revision: str | None = None,
-) -> dict[str, Any]:
-    """Return the settings that all cells of a sweep share, except those of the scoring.
-
-    Models are identified by the digests of their files.
-    """
-    settings = {name: value for name, value in as_json(shared).items() if name not in NOT_SHARED}
-    return {
-        "models": sorted(grid.model),
-        "revision": revision,
-        "commits": {name: location.commit for name, location in located.items()},
-        "model_sha256": {name: location.sha256 for name, location in located.items()},
-        "data": records.summary,
-        "training": {"steps": shared.steps, "epochs": shared.epochs, "batch": shared.batch_size},
-        "settings": settings | {"targets": shared.modules},
-    }

@@ -17,6 +17,7 @@ from rora_theory.runs import frames
 from rora_theory.stats.curve_optima import whole_curve_log2_rates
 from rora_theory.stats.estimate import ROUNDING, Estimate
 from rora_theory.stats.rate_curves import (
+    BEST_COLUMNS,
     Curve,
     at_shared_seeds,
     compare_curves,
@@ -57,17 +58,15 @@ def curves_at(runs: Sequence[SweepRun], tokens: Sequence[int], step: int, *, dra
 
 def best_rate_table(curves: Sequence[Curve], step: int) -> pd.DataFrame:
     """Return the best rate and the lowest loss of every curve after a number of steps."""
-    frame = pd.DataFrame(tabulate_best_rates(curves)).drop(columns=["optimizer", "trained", "kappa"], errors="ignore")
-    if not len(frame):
-        return frame
+    rows = [
+        row | setting_labels(curve) | {"step": step, "method": curve.rule}
+        for curve, row in zip(curves, frames.rows(tabulate_best_rates(curves)), strict=True)
+    ]
+    columns = ["step", "rank", "gain", *BEST_COLUMNS[BEST_COLUMNS.index("best_rate") :]]
     # Without another method, a missing rank is full fine-tuning.
-    rules = frame.pop("rule")
-    if set(rules) - {"lora", FULL}:
-        frame["method"] = rules
-    frame.insert(0, "step", step)
-    frame.insert(2, "gain", [curve.gain if curve.rank else None for curve in curves])
-    frame["rank"] = pd.array([curve.rank or None for curve in curves], dtype="Int64")
-    return frames.from_rows(frames.rows(frame), list(frame))
+    if {curve.rule for curve in curves} - {"lora", FULL}:
+        columns.append("method")
+    return frames.from_rows(rows, columns) if rows else pd.DataFrame()
 
 
 def setting_labels(curve: Curve) -> dict[str, Any]:

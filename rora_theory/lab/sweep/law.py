@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import combinations, product
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -70,30 +70,26 @@ def predict_exponents(
     crossing_distances: Sequence[float],
     gains: tuple[float, float],
     *,
-    steps: Sequence[int],
-    rates: Sequence[float],
+    steps: int,
+    rate: float,
     warmup: int,
     schedule: Schedule = "constant",
-) -> pd.DataFrame:
-    """Predict by the law how much the best rate falls between two values of gamma r.
+) -> list[float]:
+    """Predict by the law how the best rate changes between two values of gamma r.
 
     The optimizer is Adam with a warm-up from 0, and the signal term dominates.
 
     Returns:
-      A row for each number of steps, rate and quantile: ``steps``, ``rate``, ``quantile`` of the crossing distances,
-      ``crossing_distance``, ``factor`` (rate at the first gain over rate at the second) and ``exponent``
-      (d log rate / d log gamma r).
+      The exponents d log rate / d log gamma r at the `QUANTILES` of the crossing distances.
     """
-    rows = []
-    for count, rate, quantile in product(steps, rates, QUANTILES):
-        crossing_distance = float(np.quantile(crossing_distances, quantile))
-        rates_of_steps = rate * schedule_factor(schedule, np.arange(count), steps=count, warmup=warmup)
+    exponents = []
+    rates = rate * schedule_factor(schedule, np.arange(steps), steps=steps, warmup=warmup)
+    for crossing_distance in np.quantile(crossing_distances, QUANTILES).tolist():
         # Ratio of the A part to the B part at the end of the run, which decides how much the rate changes.
-        rho = constant_gradient.distances(rates_of_steps, crossing_distance=crossing_distance).A / crossing_distance
-        divisor = 1 / constant_gradient.rate_factor(gains[1] / gains[0], rho)
-        exponent = -math.log(divisor) / math.log(gains[1] / gains[0])
-        rows.append((count, rate, quantile, crossing_distance, divisor, exponent))
-    return pd.DataFrame(rows, columns=["steps", "rate", "quantile", "crossing_distance", "factor", "exponent"])
+        rho = constant_gradient.distances(rates, crossing_distance=crossing_distance).A / crossing_distance
+        factor = constant_gradient.rate_factor(gains[1] / gains[0], rho)
+        exponents.append(math.log(factor) / math.log(gains[1] / gains[0]))
+    return exponents
 
 
 def setting_exponents(
@@ -158,10 +154,11 @@ def setting_exponents(
             displaced: tuple[float, float] | None = (0.0, 0.0)
             if over == "gain":
                 rate = ends[0].best_rate
-                predicted = predict_exponents(
-                    crossing_distances, (low, high), steps=[step], rates=[rate], warmup=warmup, schedule=schedule
+                law = tuple(
+                    predict_exponents(
+                        crossing_distances, (low, high), steps=step, rate=rate, warmup=warmup, schedule=schedule
+                    )
                 )
-                law = tuple(predicted["exponent"])
                 displaced = _displacement_exponents((constants or {}).get(step), low, high)
             elif len(linear_terms):
                 # Rates that preserve each module's first step.

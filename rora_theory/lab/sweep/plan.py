@@ -1,7 +1,7 @@
 """Configuration of a sweep, and its plan: grid, records, tasks and cells, without loading weights.
 
 plan = plan_sweep(SweepConfig(("train.json",), grid=SweepGrid(ranks=(4, 8))))
-cell_trainer = CellTrainer(plan.training, plan.records, plan.tasks, plan.located, scoring=plan.scoring)
+cell_trainer = CellTrainer(plan)
 outcomes = [cell_trainer.evaluate_cell(cell, Path("cells")) for cell in plan.cells()]
 """
 
@@ -17,10 +17,17 @@ from rora_theory.lab.data.records import DataConfig
 from rora_theory.lab.data.tasks import TASKS, TaskRecord
 from rora_theory.lab.evaluate.scoring import Protocol, Scoring
 from rora_theory.lab.finetune import FinetuneConfig
-from rora_theory.lab.sweep.cells import SweepCell, cells_of, sweep_identity
+from rora_theory.lab.sweep.cells import SweepCell, cells_of
 from rora_theory.lab.sweep.design import SweepGrid
 from rora_theory.lab.sweep.records import RecordSplit, draw_records
+from rora_theory.runs.reading import as_json
 from rora_theory.validation.ranges import Count, check_ranges
+
+NOT_SHARED = (
+    "method", "rule", "rank", "alpha", "lr", "seed", "held_out", "steps", "epochs", "evaluate_every",
+    "checkpoint_every",
+)  # fmt: skip
+"""Settings of a fine-tuning run that vary by cell, change no result, or have another name in a sweep's identity."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +104,21 @@ class SweepPlan:
         return cells_of(self.grid, self.training, train_records=train_records, evaluation=self.evaluation)
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings that all cells share, except those of the scoring, see `sweep_identity`."""
-        return sweep_identity(self.grid, self.training, self.records, self.located, revision=self.revision)
+        """Return the settings that all cells share, except those of the scoring.
+
+        Models are identified by the digests of their files.
+        """
+        training = self.training
+        settings = {name: value for name, value in as_json(training).items() if name not in NOT_SHARED}
+        return {
+            "models": sorted(self.grid.model),
+            "revision": self.revision,
+            "commits": {name: location.commit for name, location in self.located.items()},
+            "model_sha256": {name: location.sha256 for name, location in self.located.items()},
+            "data": self.records.summary,
+            "training": {"steps": training.steps, "epochs": training.epochs, "batch": training.batch_size},
+            "settings": settings | {"targets": training.modules},
+        }
 
 
 def plan_sweep(config: SweepConfig) -> SweepPlan:

@@ -84,7 +84,7 @@ def slope_rows(
         row |= fit.row(band)
         # gamma ~ r^-kappa enters as gamma^power, so that kappa + slope / power would have been flat.
         if kappa is not None and coordinate.quantity in SCALED_QUANTITIES:
-            row |= {"kappa_flat": kappa + fit.slope / power}
+            row |= {"kappa_flat": kappa + fit.value / power}
         rows.append(row)
     return rows
 

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from support import chat_templates, checkpoint, tiny
+from support.sweeps import sweep_plan
 
 from rora_theory.errors import InputError
 from rora_theory.lab import llama
@@ -39,7 +40,7 @@ def cell_trainer(tmp_path_factory) -> CellTrainer:
     model = str(checkpoint.model(tmp_path_factory.mktemp("model")))
     records = draw_records([str(data / name / "train.json") for name in ("one", "two")], held_out=6, train_records=12)
     tasks, _ = read_tasks(str(data), ("boolq", "piqa"), None)
-    cell_trainer = CellTrainer(SHARED, records, tasks, {model: locate(model)}, scoring=Scoring("label", "clean"))
+    cell_trainer = CellTrainer(sweep_plan(SHARED, records, {model: locate(model)}, tasks=tasks))
     assert cell_trainer.open(model) == []
     return cell_trainer
 
@@ -77,16 +78,16 @@ def test_the_adapted_model_is_scored(cell_trainer, kind, tmp_path, monkeypatch) 
     scored_models = []
 
     def scored(params, config, tokenizer, items, settings, **options):
-        assert settings == cell_trainer.scoring
+        assert settings == cell_trainer.plan.scoring
         scored_models.append((params, options["adapter"]))
         return score(params, config, tokenizer, items, settings, **options)
 
     monkeypatch.setattr(scoring, "score", scored)
-    (model,) = cell_trainer.located
+    (model,) = cell_trainer.plan.located
     rank, alpha = (2, 4.0) if kind == "lora" else (None, None)
     cell = SweepCell(model, kind, rank, alpha, 1e-3, 0, (1,), evaluation={})
-    assert len(cell_trainer.evaluate_cell(cell, tmp_path).samples) == len(cell_trainer.tasks["boolq"]) + len(
-        cell_trainer.tasks["piqa"]
+    assert len(cell_trainer.evaluate_cell(cell, tmp_path).samples) == len(cell_trainer.plan.tasks["boolq"]) + len(
+        cell_trainer.plan.tasks["piqa"]
     )
     base = cell_trainer.model.params
     for params, unmerged in scored_models:
@@ -106,7 +107,7 @@ def test_the_base_has_the_storage_of_the_settings(cell_trainer, tmp_path, monkey
     monkeypatch.setattr(checkpoint, "CONFIG", tiny.WIDE)
     model = str(checkpoint.model(tmp_path))
     shared = dataclasses.replace(SHARED, quantization="q4_0")
-    rounded = CellTrainer(shared, cell_trainer.records, {}, {model: locate(model)}, scoring=Scoring("label", "clean"))
+    rounded = CellTrainer(sweep_plan(shared, cell_trainer.plan.records, {model: locate(model)}))
     rounded.open(model)
     weight = rounded.model.params["layers"]["mlp.up_proj"]["weight"]
     assert isinstance(weight, QuantisedWeight)
@@ -118,10 +119,10 @@ def test_the_base_has_the_storage_of_the_settings(cell_trainer, tmp_path, monkey
 
 def test_another_machine_finds_a_model_that_it_lacks_by_its_name(cell_trainer, tmp_path, monkeypatch) -> None:
     """The unpickled trainer has no model; its files are looked up by hub id and commit if the path is not there."""
-    (here,) = cell_trainer.located.values()
+    (here,) = cell_trainer.plan.located.values()
     away = dataclasses.replace(here, name="me/model", path=tmp_path / "elsewhere", repository="me/model", commit="c")
     make, arguments = cell_trainer.__reduce__()
-    trainer = make(*arguments[:3], {"me/model": away})
+    trainer = make(dataclasses.replace(*arguments, located={"me/model": away}))
     asked = []
     monkeypatch.setattr(llama, "locate", lambda *name_and_commit: asked.append(name_and_commit) or here)
     assert trainer.open("me/model") == []
@@ -136,9 +137,9 @@ def test_a_held_out_record_longer_than_the_context_is_refused(cell_trainer, tmp_
     rows = [{"instruction": word, "output": "a" * 600} for word in checkpoint.WORDS[:6]]
     (tmp_path / "long.json").write_text(json.dumps(rows))
     records = draw_records([str(tmp_path / "long.json")], held_out=2)
-    longer = CellTrainer(SHARED, records, {}, cell_trainer.located, scoring=Scoring("label", "clean"))
+    longer = CellTrainer(sweep_plan(SHARED, records, cell_trainer.plan.located))
     with pytest.raises(InputError, match=r"held-out records .* 512 tokens"):
-        longer.open(*cell_trainer.located)
+        longer.open(*cell_trainer.plan.located)
 
 
 def test_chats_are_rendered_by_the_models_template(tmp_path, monkeypatch) -> None:
@@ -155,7 +156,9 @@ def test_chats_are_rendered_by_the_models_template(tmp_path, monkeypatch) -> Non
         (model / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
         records = draw_records([str(tmp_path / "chats.json")], held_out=2, config=DataConfig(**config))
         shared = FinetuneConfig(loss_on="answer", held_out=2, batch_size=4)
-        cell_trainer = CellTrainer(shared, records, {}, {"model": locate(model)}, scoring=Scoring("label", None))
+        cell_trainer = CellTrainer(
+            sweep_plan(shared, records, {"model": locate(model)}, scoring=Scoring("label", None))
+        )
         cell_trainer.open("model")
         return cell_trainer
 

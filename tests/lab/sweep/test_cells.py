@@ -5,10 +5,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from support.sweeps import sweep_plan
 
 from rora_theory.errors import InputError
 from rora_theory.lab.finetune import FinetuneConfig
-from rora_theory.lab.sweep.cells import SweepCell, cells_of, replace_with_scored, sweep_identity
+from rora_theory.lab.sweep.cells import SweepCell, cells_of, replace_with_scored
 from rora_theory.lab.sweep.design import SweepGrid
 from rora_theory.runs import RunFolder, run_cells
 from rora_theory.runs.reading import key_of
@@ -137,10 +138,10 @@ def test_a_warm_up_leaves_steps_to_read(read_at, warmup, message) -> None:
 @pytest.mark.usefixtures("unchecked")
 def test_a_sweep_is_identified_by_its_shared_settings() -> None:
     """Defaults are included; two values of one setting give identities that differ in it alone."""
-    design, records = SweepGrid(), SimpleNamespace(summary={})
+    records = SimpleNamespace(summary={})
     for config in (FinetuneConfig, Training):
         settings = [
-            sweep_identity(design, config(quantization=kind), records, {})["settings"] for kind in ("none", "q8_0")
+            sweep_plan(config(quantization=kind), records, {}).identity()["settings"] for kind in ("none", "q8_0")
         ]
         assert settings[0]["quantization"] == "none"
         assert settings[1] == settings[0] | {"quantization": "q8_0"}

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 from support import checkpoint
+from support.sweeps import sweep_plan
 
 from rora_theory.errors import InputError
-from rora_theory.lab.evaluate.scoring import Scoring
 from rora_theory.lab.finetune import FinetuneConfig, StepCompleted
 from rora_theory.lab.finetune.metrics import Metrics
 from rora_theory.lab.llama import locate
@@ -27,8 +27,7 @@ def cell_trainer(tmp_path_factory) -> CellTrainer:
     data = checkpoint.two_files(tmp_path_factory.mktemp("data"))
     model = str(checkpoint.model(tmp_path_factory.mktemp("model")))
     records = draw_records([str(data / name / "train.json") for name in ("one", "two")], held_out=6, train_records=12)
-    options = {"scoring": Scoring("label", "clean"), "measures_parts": True}
-    cell_trainer = CellTrainer(TRAINING, records, {}, {model: locate(model)}, **options)
+    cell_trainer = CellTrainer(sweep_plan(TRAINING, records, {model: locate(model)}), measures_parts=True)
     cell_trainer.open(model)
     return cell_trainer
 
@@ -60,7 +59,7 @@ def test_an_intermediate_reading_equals_that_of_a_shorter_run(cell_trainer, full
     assert (first["A_part"] == 0).all(), "the first rate is 0, and while B = 0 A has no gradient"
     assert (first["B_part"] > 0).all()
     assert ((last["A_part"] > 0) & (last["A_part"] < last["B_part"])).all()
-    tokens, answers = cell_trainer.count_tokens(next(iter(cell_trainer.located)))
+    tokens, answers = cell_trainer.count_tokens(next(iter(cell_trainer.plan.located)))
     assert len(tokens) == len(answers) == len(full_run.readings[0].losses) == 6
     assert all(0 < answer < count for count, answer in zip(tokens, answers, strict=True))
 
