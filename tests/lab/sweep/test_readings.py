@@ -82,7 +82,8 @@ def test_a_run_that_diverges_keeps_the_readings_before(cell_trainer, full_run, m
 @pytest.mark.parametrize("interrupted_at", ["step 5", "reading"])
 def test_a_long_run_resumes_from_its_checkpoint(cell_trainer, full_run, monkeypatch, tmp_path, interrupted_at) -> None:
     """Its losses include those of the steps before the interruption, and no step is repeated but those after 4."""
-    monkeypatch.setattr(cell_trainer, "shared", replace(TRAINING, checkpoint_every=2))
+    plan = replace(cell_trainer.plan, training=replace(TRAINING, checkpoint_every=2))
+    monkeypatch.setattr(cell_trainer, "plan", plan)
     add, read_out, steps = Metrics.add, CellTrainer._read_out, []
 
     def interrupt(metrics, event):
