@@ -8,7 +8,7 @@
 A mutant is one module with one operator, comparison, number or condition changed (cosmic-ray's operators, `OPERATORS`;
 `SCRIPT_OPERATORS` for the calculator, which is JavaScript). It is killed if a test file of the module or an example in
 its docstrings fails on it, or if its time runs out. The groups are `judging` (statistics, advice and verdicts),
-`sweep` (a sweep's best rates, regrets and change tables), `bridge` (PyTorch), `tuning` (the probe for a learning rate),
+`sweep` (a sweep's best rates, regrets and change tables), `bridge` (PyTorch), `tuning` (a rate without a tuned run),
 `data` (records and batches), `workers` (cells computed with Ray) and `pages` (the calculator and the numbers in the
 pages). Operators do not write what a person gets wrong, such as a checkpoint of other weights that is resumed; these
 faults are a list, `benchmarks.realistic_faults`.
@@ -105,23 +105,12 @@ BRIDGE = {
 }
 """Modules of the PyTorch bridge with the files that test them."""
 
-PLANNING = "tests/measure/tuning/test_plan.py tests/measure/tuning/test_posterior.py"
-SEARCHING = "tests/measure/tuning/test_search.py tests/measure/tuning/test_options.py"
-TRAINING = "tests/measure/tuning/test_options.py tests/measure/tuning/test_search.py"
-
 TUNING = {
-    "tuning_belief": ("rora_theory/measure/tuning/belief.py", PLANNING),
-    "tuning_curve": ("rora_theory/measure/tuning/curve.py", "tests/measure/tuning/test_curve.py"),
-    "tuning_examples": ("rora_theory/measure/tuning/examples.py", SEARCHING),
-    "tuning_plan": ("rora_theory/measure/tuning/plan.py", PLANNING),
-    "tuning_posterior": ("rora_theory/measure/tuning/posterior.py", PLANNING),
-    "tuning_prior": ("rora_theory/measure/tuning/prior.py", PLANNING),
-    "tuning_result": ("rora_theory/measure/tuning/result.py", PLANNING),
-    "tuning_search": ("rora_theory/measure/tuning/search.py", SEARCHING),
-    "tuning_training": ("rora_theory/measure/tuning/training.py", TRAINING),
-    "tuning_trial": ("rora_theory/measure/tuning/trial.py", PLANNING),
+    "rate_prior": ("rora_theory/evidence/rate_prior.py", "tests/evidence/test_rate_prior.py"),
+    "tuning": ("rora_theory/measure/tuning.py", "tests/measure/test_tuning.py"),
+    "tune": ("sims/tune.py", "tests/sims/test_tune.py"),
 }
-"""Modules of the probe for a learning rate with the files that test them."""
+"""Modules of the rate for a planned run that has not been tuned, with the files that test them."""
 
 DATA = {
     "batches": ("rora_theory/lab/data/batches.py", "tests/lab/data/test_batches.py tests/lab/data/test_chat.py"),

@@ -1,6 +1,6 @@
 """Execute a notebook without Jupyter and write its outputs into the file.
 
-    python docs/execute_notebook.py docs/notebooks/tune.ipynb
+    python docs/execute_notebook.py docs/notebooks/three-rates.ipynb
 
 All code cells run in one namespace, in order. A cell's outputs are what it prints and the Matplotlib figures that are
 open at its end, as PNG. What goes to the standard error, such as progress bars, is left out.

@@ -3,10 +3,6 @@
 TRAIN_BATCH_SIZE = 16
 """Number of records per training step: that of the published runs."""
 
-TRAINER_BATCH_SIZE = 8
-"""Number of records per batch of a probe in PyTorch: the default per device of transformers' Trainer, which the planned
-run keeps unless it sets another."""
-
 SCORE_BATCH_SIZE = 8
 """Number of prompts per batch for ``generate``, and of device calls in flight for ``label`` and ``harness``."""
 

@@ -46,7 +46,6 @@ GIVEN = {
     "sims.finetune": ["--data", "RECORDS"],
     "sims.sweep": ["--data", "RECORDS", "--held-out", "2"],
     "sims.regime": ["--data", "RECORDS"],
-    "sims.tune": ["--data", "RECORDS", "--held-out", "16", "--budget", "0.1"],
     "sims.coordinate_check": ["--data", "RECORDS"],
     "sims.prune": ["--text", "RECORDS"],
     "sims.pretrain": ["--data", "RECORDS"],
@@ -93,8 +92,6 @@ BAD = {int: (), float: ("1e400", "nan")}
 
 ZERO = {*SEEDS, "dropout", "show", "rule", "rules", "to_rule", "warmup", "weight_decay", "rows", "overlap", "overlaps"}
 ZERO |= {
-    ("sims.tune", "clip"),
-    ("sims.tune", "budget"),
     ("sims.finetune", "process_id"),
     "noise",
     "cell_gpus",

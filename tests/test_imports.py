@@ -27,7 +27,7 @@ WITH_EXTRAS = (*(f"lab.{name}" for name in ("adapters", "data", "evaluate", "fin
 """Packages beyond the core install."""
 OF_A_MODEL = (
     "adapters", "batches", "callback", "chats", "hooks", "modules", "progress", "rank_check.check", "regimes.model",
-    "transfer_check", "tuning.examples", "tuning.search", "tuning.training",
+    "transfer_check", "tuning",
 )  # fmt: skip
 """Modules of `measure` that run a model and need the extra ``torch``."""
 WITH_JAX = (

@@ -24,7 +24,7 @@ from sims.common.record_batches import BatchConfig, PairConfig
 from sims.coordinate_check import CoordinateCheckOptions
 from sims.finetune import FinetuneOptions
 from sims.regime import RegimeOptions
-from sims.tune import PlannedRun, TuneOptions
+from sims.tune import TuneOptions
 
 TESTS = Path(__file__).parent
 REQUIRED = MISSING
@@ -41,15 +41,16 @@ JAX_OPTIONS = "lab/finetune/test_distributed.py::test_options_are_those_of_jax"
 
 MODEL = {"model": ("smollm2-135m", CONTENT), "revision": (None, BRANCH), "out": (None, REACHES)}
 OPTIONS: dict[type, dict[str, tuple[Any, str]]] = {
-    TuneOptions: MODEL | {"data": ((), CONTENT)},
-    PlannedRun: {
-        name: (default, REACHES)
-        for name, default in {
-            "steps": 2000, "rank": 128, "alpha": 16.0, "rule": "lora", "targets": PAPER_TARGETS, "dropout": 0.0,
-            "batch_size": 16, "warmup": 0, "schedule": "cosine", "weight_decay": 0.0, "clip": 1.0, "template": None,
-            "loss_on": "all", "cutoff": 256, "lr": None, "family": None, "probe_rank": 8, "budget": 0.0, "held_out": 96,
-            "seed": 0,
-        }.items()
+    TuneOptions: {
+        "model": ("smollm2-135m", "sims/test_tune.py::test_the_configuration_alone_is_read"),
+        "revision": (None, "sims/test_tune.py::test_the_configuration_alone_is_read"),
+        **{
+            name: (default, REACHES)
+            for name, default in {
+                "rank": 128, "alpha": 16.0, "rule": "lora", "steps": 2000, "batch_size": 16, "schedule": "cosine",
+                "family": None, "targets": PAPER_TARGETS,
+            }.items()
+        },
     },
     RegimeOptions: MODEL
     | {
@@ -137,7 +138,7 @@ OPTIONS: dict[type, dict[str, tuple[Any, str]]] = {
 }  # fmt: skip
 """Default of each option, and the test in which another value changes the result."""
 
-PARTS = {"reading", "planned", "batches", "measured", "judged", "check", "records", "training", "output", "processes"}
+PARTS = {"reading", "batches", "measured", "judged", "check", "records", "training", "output", "processes"}
 """Fields that hold the options of another class."""
 
 
@@ -176,7 +177,6 @@ def test_the_test_of_every_option_exists() -> None:
 
 
 def test_every_argument_of_the_measurements_has_its_default() -> None:
-    """Of those of `tune`, see `tests/measure/tuning/test_options.py`."""
     measure = pytest.importorskip("rora_theory.measure")
     pytest.importorskip("peft", reason="the bridge: the extra torch")
     for function, expected in (
@@ -194,6 +194,7 @@ def test_every_argument_of_the_measurements_has_its_default() -> None:
                 "loss": None, "steps": (1, 2, 5, 10), "seeds": 3, "band": 0.1, "seed": 0, "progress": False,
             },
         ),
+        (measure.tune, {"schedule": "cosine", "family": None}),
     ):  # fmt: skip
         arguments = inspect.signature(function).parameters
         assert {name: item.default for name, item in arguments.items() if item.default is not item.empty} == expected

@@ -1,4 +1,4 @@
-"""Measurements of a PyTorch or PEFT model in its own process, dtype and device, and a probe for its learning rate.
+"""Measurements of a PyTorch or PEFT model in its own process, dtype and device, and a learning rate to start from.
 
     from rora_theory import Setting, measure
 
@@ -8,7 +8,7 @@
     measure.tune(model, config=LoraConfig(r=128), steps=2000, batch_size=8).learning_rate
 
 The functions need the extra ``torch`` (torch, transformers, peft), which is imported at first use. The statistics
-behind them, `regimes.module_regime`, `rank_check.rules` and `tuning.plan`, need NumPy alone.
+behind them, `regimes.module_regime` and `rank_check.rules`, need NumPy alone.
 """
 
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rora_theory.measure.regimes.model import TorchRegime, regime
     from rora_theory.measure.regimes.module_regime import RegimeConfig
     from rora_theory.measure.transfer_check import check_transfer
-    from rora_theory.measure.tuning.search import tune
+    from rora_theory.measure.tuning import tune
 
 __all__ = [
     "ChatCollator",
@@ -47,6 +47,6 @@ __getattr__, __dir__ = lazy_modules.attributes(
         "check_transfer": "rora_theory.measure.transfer_check",
         "coordinate_check": "rora_theory.measure.rank_check.check",
         "regime": "rora_theory.measure.regimes.model",
-        "tune": "rora_theory.measure.tuning.search",
+        "tune": "rora_theory.measure.tuning",
     },
 )

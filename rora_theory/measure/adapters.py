@@ -47,13 +47,9 @@ def add_adapter(
         target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
     )
     try:
-        return with_peft(model, config)
+        # Newer versions of transformers have warnings about PEFT's.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            return get_peft_model(model, config)
     except ValueError as error:
         raise InputError(f"target_modules does not suit the model: {first_line(error)}") from error
-
-
-def with_peft(model: torch.nn.Module, config: LoraConfig, **options: Any) -> Any:
-    """Return PEFT's ``get_peft_model`` without the warnings of newer versions of transformers about it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        return get_peft_model(model, config, **options)

@@ -64,6 +64,15 @@ def linear_size(module: torch.nn.Module) -> int:
     return linear.weight.numel() if isinstance(linear, Conv1D) else linear.in_features * linear.out_features
 
 
+def count_parameters(model: torch.nn.Module) -> int:
+    """Return the number of parameters of a base model, of which quantised linear modules may store fewer elements."""
+    weights = {module: getattr(module, "weight", None) for module in linear_modules(model).values()}
+    packed = [module for module, weight in weights.items() if weight is None or weight.numel() != linear_size(module)]
+    packed_weights = {id(weights[module]) for module in packed}
+    whole = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in packed_weights)
+    return whole + sum(linear_size(module) for module in packed)
+
+
 def task_type(model: torch.nn.Module) -> str | None:
     """Return PEFT's task type of a transformers model, or None if it has none."""
     name = type(model).__name__
@@ -219,6 +228,16 @@ def without_adapters(model: torch.nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
+def check_not_sharded(model: torch.nn.Module) -> None:
+    """Raise `InputError` if a weight is sharded over processes."""
+    for name, module in model.named_modules():
+        if _is_sharded(module):
+            raise InputError(
+                f"model must have whole weights in one process, got shards in {name or type(model).__name__} (FSDP or "
+                "DeepSpeed). Pass the model before it is sharded."
+            )
+
+
 def check_weights(model: torch.nn.Module, *, offloaded: bool) -> None:
     """Raise `InputError` if a weight is on the meta device or sharded over processes.
 
@@ -226,12 +245,8 @@ def check_weights(model: torch.nn.Module, *, offloaded: bool) -> None:
       model: Model.
       offloaded: Whether weights may be there that a hook of accelerate loads when they are needed.
     """
+    check_not_sharded(model)
     for name, module in model.named_modules():
-        if _is_sharded(module):
-            raise InputError(
-                f"model must have whole weights in one process, got shards in {name or type(model).__name__} (FSDP or "
-                "DeepSpeed). Pass the model before it is sharded."
-            )
         is_loaded_later = offloaded and hasattr(module, "_hf_hook")
         if not is_loaded_later and any(parameter.is_meta for parameter in module.parameters(recurse=False)):
             raise InputError(
@@ -252,11 +267,6 @@ def _is_sharded(module: torch.nn.Module) -> bool:
 def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     """Return the parameters of a model that receive gradients."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def copied_modules(model: torch.nn.Module) -> list[str]:
-    """Return the names of the modules of which PEFT trains a copy, such as the head of a classifier."""
-    return [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
 
 
 def remove_adapters(model: Any) -> None:

@@ -1,9 +1,7 @@
 """Progress bars of the measurements, which use and follow the settings of transformers' own bars."""
 
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from transformers.utils import logging
@@ -19,41 +17,6 @@ def bar(total: int, *, description: str, unit: str, shown: bool) -> Any:
       shown: Whether to show the bar; a hidden one accepts the same calls.
     """
     return logging.tqdm(total=total, desc=description, unit=unit, unit_scale=total > 10**4, disable=not shown)
-
-
-def announce(work: str, *, shown: bool) -> None:
-    """Print what is computed next, before the bar that counts it.
-
-    Args:
-      work: Work as a noun phrase.
-      shown: Whether to print it.
-    """
-    if shown:
-        print(f"{work} ...", file=sys.stderr, flush=True)
-
-
-@contextmanager
-def one_line_if_interrupted(message: str) -> Iterator[None]:
-    """End a script that Ctrl-C interrupts with one line on standard error in place of a traceback.
-
-    The exception is raised as usual, so that a caller can handle it.
-
-    Args:
-      message: Line to print.
-    """
-    try:
-        yield
-    except KeyboardInterrupt:
-        show_error = sys.excepthook
-
-        def show(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
-            if issubclass(kind, KeyboardInterrupt):
-                print(message, file=sys.stderr)
-            else:
-                show_error(kind, error, traceback)
-
-        sys.excepthook = show
-        raise
 
 
 def time_shortest_call(work: Callable[[], Any], calls: int = 4) -> float:

@@ -11,8 +11,7 @@ import pytest
 
 from rora_theory import Setting, transfer
 from rora_theory.advice.best_rate import Run
-from rora_theory.measure.tuning.prior import rate_prior
-from rora_theory.measure.tuning.result import conclude_without_probe
+from rora_theory.evidence.rate_prior import expected_rate
 from sims import __main__ as main
 
 ROOT = Path(__file__).parents[2]
@@ -53,9 +52,9 @@ def test_the_readme_keeps_its_two_commands() -> None:
 
 def test_the_first_page_states_the_rate_of_the_prior() -> None:
     """The rate and its expected regret are those of the present prior, for SmolLM2-135M and the script's run."""
-    prior = rate_prior(Run(128, 32.0, 240, "cosine", 8), parameters=0.134515)
+    expected = expected_rate(Run(128, 32.0, 240, "cosine", 8), config=None, parameters=0.134515)
     text = " ".join((ROOT / "docs" / "index.md").read_text().split())
-    assert conclude_without_probe(prior, steps=240, config=None).sentence() in text
+    assert expected.sentence() in text
 
 
 def test_the_rate_for_nothing_is_what_the_command_prints(monkeypatch, capsys) -> None:
@@ -80,27 +79,23 @@ def write_chats(path: Path, count: int) -> None:
     path.write_text("".join(lines))
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of transformers and peft
-def test_the_probe_of_the_how_to_page(tmp_path, monkeypatch, capsys) -> None:
-    """The script as it stands, but for the model and a shorter planned run."""
-    for package in ("torch", "peft", "transformers", "accelerate"):
+def test_the_python_of_the_how_to_page(tmp_path, capsys) -> None:
+    """The script as it stands, but for the model."""
+    for package in ("torch", "peft", "transformers"):
         pytest.importorskip(package, reason="the extra torch")
-    from support import torch_chats, torch_models
+    from support import torch_models
 
     (code,) = blocks("docs/how-to/find-the-learning-rate.md", "python")
-    torch_chats.tokenizer(None).save_pretrained(tmp_path / "base")
-    torch_models.model("qwen2").save_pretrained(tmp_path / "base")
-    write_chats(tmp_path / "chats.jsonl", 200)
-    monkeypatch.chdir(tmp_path)
-    for old, new in (('MODEL = "Qwen/Qwen2.5-0.5B"\n', 'MODEL = "base"\n'), ("steps=2000,", "steps=320,")):
-        assert old in code
-        code = code.replace(old, new)
+    model = torch_models.model("qwen2")
+    model.save_pretrained(tmp_path)
+    assert '"Qwen/Qwen2.5-0.5B"' in code
     names: dict = {}
-    exec(code, names)
-    assert "Train 320 steps at learning rate" in capsys.readouterr().out
+    exec(code.replace("Qwen/Qwen2.5-0.5B", str(tmp_path)), names)
+    planned = Run(128, 32.0, 375, "cosine", 8)
+    expected = expected_rate(planned, config=None, parameters=model.num_parameters() / 1e9)
+    assert capsys.readouterr().out.strip() == names["tuned"].sentence() == expected.sentence()
     assert names["tuned"].config.r == 128
-    assert (tmp_path / "probe.json").exists()
 
 
 @pytest.mark.slow

@@ -25,8 +25,8 @@ HOST = "https://host/project/"
         ("results/a.md", "../../results/published/run/tables.md", "../published/run/tables.md"),
         ("results/a.md", "../results/published/x.png", "../results/published/x.png"),  # stays inside of docs
         ("a.md", "../CONTRIBUTING.md", "https://host/project/blob/main/CONTRIBUTING.md"),
-        ("how-to/a.md", "../notebooks/tune.ipynb", "../notebooks/tune.md"),
-        ("notebooks/a.md", "tune.ipynb", "tune.ipynb"),  # the download
+        ("how-to/a.md", "../notebooks/three-rates.ipynb", "../notebooks/three-rates.md"),
+        ("notebooks/a.md", "three-rates.ipynb", "three-rates.ipynb"),  # the download
         ("how-to/a.md", "../faq.md#x", "../faq.md#x"),
         ("a.md", "https://example.org/../x", "https://example.org/../x"),
     ],

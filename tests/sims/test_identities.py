@@ -41,7 +41,6 @@ from sims import (
     sweep,
     training_dynamics,
     transfer,
-    tune,
     variance_sweep,
 )
 from sims.common import inputs
@@ -95,9 +94,6 @@ def settings(name: str, model: object, data: Path) -> Any:
             train, model, check=CheckConfig(ranks=(2, 4)),
             records=BatchConfig(batch_size=2, held_out=6, cutoff=160, template="clean"),
         ),
-        "tune": tune.TuneOptions(
-            train, model=model, planned=tune.PlannedRun(budget=0.1, held_out=16, batch_size=4, cutoff=400)
-        ),
         "finetune": finetune.FinetuneOptions(
             train, model, training=FinetuneConfig(rank=2, batch_size=8, held_out=4, warmup=4)
         ),
@@ -124,7 +120,7 @@ def start(name: str, config: Any) -> Opened:
     return caught.value
 
 
-WITH_A_MODEL = ("regime", "transfer", "coordinate_check", "tune", "finetune", "prune", "evaluate", "sweep")
+WITH_A_MODEL = ("regime", "transfer", "coordinate_check", "finetune", "prune", "evaluate", "sweep")
 
 
 @pytest.mark.parametrize("name", [name for name in WITH_A_MODEL if name != "sweep"])

@@ -16,7 +16,6 @@ from support import commands, torch_models
 
 from rora_theory.measure.rank_check import check as rank_checks
 from rora_theory.measure.regimes import model as regimes
-from rora_theory.measure.tuning import search
 from rora_theory.runs.folder import RunFolder
 from sims import coordinate_check, finetune, regime, tune
 from sims.common import inputs, prompts, record_batches
@@ -56,10 +55,10 @@ def recorded(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(prompts, "save_prompts", lambda *_, show: opened.update(show=show))
     monkeypatch.setattr(inputs, "load_model", lambda _, dtype: opened.update(dtype=dtype) or torch_models.model())
     monkeypatch.setattr(
-        search,
-        "tune",
-        lambda _, train, held_out, *, config, checkpoint, progress, **options: record(
-            train=train, held_out=held_out, config={name: str(value) for name, value in vars(config).items()}, **options
+        tune,
+        "expected_rate",
+        lambda run, *, config, family, parameters: record(
+            **vars(run), config=config, family=family, parameters=parameters
         ),
     )
     monkeypatch.setattr(
@@ -126,27 +125,13 @@ def changed(config: Any, name: str, value: Any) -> Any:
 PAIR = {"train", "held_out"}
 TUNE: dict[str, tuple[Any, set[str]]] = {
     "steps": (500, {"steps"}),
-    "rank": (64, {"config"}),
-    "alpha": (32.0, {"config"}),
-    "rule": ("rora", {"config"}),
+    "rank": (64, {"rank", "config"}),
+    "alpha": (32.0, {"gain", "config"}),
+    "rule": ("rora", {"gain", "config"}),
     "targets": (("q_proj",), {"config"}),
-    "dropout": (0.25, {"config"}),
-    "batch_size": (2, {*PAIR, "batch_size"}),
-    "warmup": (7, {"warmup"}),
+    "batch_size": (2, {"batch_size"}),
     "schedule": ("linear", {"schedule"}),
-    "weight_decay": (0.5, {"weight_decay"}),
-    "clip": (0.25, {"max_grad_norm"}),
-    "template": ("clean", PAIR),
-    "loss_on": ("answer", PAIR),
-    "cutoff": (30, PAIR),
-    "lr": (1e-3, {"learning_rate"}),
     "family": ("Qwen3", {"family"}),
-    "probe_rank": (4, {"probe_rank"}),
-    "budget": (0.3, {"budget"}),
-    "held_out": (20, PAIR),
-    "seed": (5, {*PAIR, "seed"}),
-    "show": (2, {"show"}),
-    "out": (Path("elsewhere"), {"out"}),
 }
 REGIME: dict[str, tuple[Any, set[str]]] = {
     "template": ("clean", PAIR),
@@ -195,12 +180,7 @@ FINETUNE: dict[str, tuple[Any, set[str]]] = {
 """Another value of each option, and all that it changes in the arguments of the library."""
 
 OPTIONS: dict[Any, tuple[dict[str, tuple[Any, set[str]]], Callable[[str, str], Any]]] = {
-    tune: (
-        TUNE,
-        lambda data, model: tune.TuneOptions(
-            (data,), model=model, planned=tune.PlannedRun(held_out=16, batch_size=4, cutoff=400, seed=0, budget=0.1)
-        ),
-    ),
+    tune: (TUNE, lambda _, model: tune.TuneOptions(model)),
     regime: (
         REGIME,
         lambda data, model: regime.RegimeOptions(

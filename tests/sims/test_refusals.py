@@ -22,8 +22,6 @@ BASE = {
     "--train-records 12 --tasks boolq piqa --data-dir DATA",
     "regime": "--model MODEL --data TRAIN --batch-size 4 --held-out 4 --targets q_proj down_proj --ranks 1 4 16",
     "transfer": "",
-    "tune": "--model MODEL --data ONE TWO --held-out 16 --batch-size 4 --steps 256 --rank 16 --alpha 8 --lr 1e-2 "
-    "--budget 0.1",
 }
 """Words of each command that are right."""
 
@@ -84,7 +82,6 @@ CASES = [
     ("transfer", "--regime REGIME --targets q_proj o_proj", "--targets .*o_proj.* q_proj down_proj"),
     ("transfer", "--write new.yml", "--write"),
     ("transfer", "--from nowhere", "nowhere: no such file"),
-    ("tune", "--targets z_proj", "'z_proj'"),
 ]
 """Command, invalid options, and pattern of the error message."""
 

@@ -1,106 +1,85 @@
-"""The command on tiny weights: a rate within the budget, a folder that resumes, and a rate without a probe."""
+"""The command: the prior's rate for the planned run, from the model's configuration alone, as text and as JSON."""
 
 import json
-import math
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
+import shutil
+from typing import Any
 
+import numpy as np
 import pytest
-from support import commands
+from support import checkpoint, commands, gguf_files
 
-pytest.importorskip("torch", reason="the extra torch")
-
-from rora_theory.measure.tuning import search
-from rora_theory.measure.tuning.training import ProbeModel
-from rora_theory.runs import frames
+from rora_theory.advice.best_rate import Run
+from rora_theory.evidence.rate_prior import rate_prior
+from rora_theory.lab import llama
+from rora_theory.lab.llama.weights import expected_shapes
 from sims import tune as sim
 
-SETTINGS = "--held-out 16 --batch-size 4 --cutoff 400 --steps 256 --rank 16 --alpha 8 --lr 1e-2 --budget 0.1"
+SETTINGS = "--rank 16 --alpha 8 --steps 256 --batch-size 4"
+BILLIONS = llama.count_parameters(checkpoint.CONFIG) / 1e9
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers
-def test_a_probe_finds_a_rate_and_resumes(model, data, tmp_path, monkeypatch) -> None:
-    out = tmp_path / "run"
-    words = ["--data", *(data / name / "train.json" for name in ("one", "two")), "--model", model, "--out", out]
-    trained: list[str] = []
-
-    def train(self, *arguments, real=ProbeModel.train):
-        if len(trained) == 2:
-            raise KeyboardInterrupt
-        trained.append(str(arguments[0]))
-        return real(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(search.ProbeModel, "train", train)
-        stopped = commands.run_command(sim.main, *words, SETTINGS)
-    assert stopped.status == 130
-    first = json.loads((out / sim.CHECKPOINT).read_text())["runs"]
-    assert len(first) == 2
-    ended = commands.run_command(sim.main, *words, SETTINGS, "--json")
-    assert ended.status == 0, ended.err
-    answered = json.loads(ended.out)
-    assert json.loads((out / sim.CHECKPOINT).read_text())["runs"][:2] == first
-    result = json.loads((out / "tuning.json").read_text())
-    assert answered["tuning"] == result
-    assert f"{result['learning_rate']:.3g}" in answered["answer"]
-    assert result["low"] < result["learning_rate"] < result["high"]
-    assert result["cost"]["spent"] <= 25.6
-    assert (result["config"]["r"], result["config"]["lora_alpha"]) == (16, 8)
-    assert result["prior"]["mean"] == pytest.approx(math.log(1e-2))
-    assert result["posterior"]["spread"] < result["prior"]["spread"]
-    curve = frames.read_csv(out / "results.csv")
-    assert len(curve) >= 3
-    assert curve["held_out_loss"].nunique() == len(curve)
+def answer(*words: object) -> dict[str, Any]:
+    return json.loads(commands.output(commands.run_command(sim.main, *words, "--json")))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("delay", [0.0, 0.2, 0.5, 1.0])
-def test_ctrl_c_at_any_moment_ends_with_one_line(delay, model, data, tmp_path) -> None:
-    """The signal comes some time after the first line of output; the checkpoint has whole runs, which resume."""
-    out = tmp_path / "run"
-    words = [sys.executable, "-m", "sims.tune", "--data", data / "train.json", "--model", model, "--out", out]
-    # Large batches, so that the probe outlasts the delays.
-    settings = SETTINGS.replace("256", "20000").replace("size 4", "size 128").split()
-    process = subprocess.Popen(
-        [*map(str, words), *settings], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
-    process.stdout.readline()
-    time.sleep(delay)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 130, err
-    assert err.splitlines()[-1].startswith("Interrupted.")
-    assert "Traceback" not in err
-    checkpoint = out / sim.CHECKPOINT
-    assert not checkpoint.exists() or json.loads(checkpoint.read_text())["runs"]
+@pytest.mark.parametrize(("rule", "gain"), [("lora", 8.0), ("rora", 32.0)])
+def test_the_json_answer_is_the_prior_of_the_planned_run(rule, gain, model) -> None:
+    result = answer("--model", model, SETTINGS, "--rule", rule)
+    tuning, prior = result["tuning"], rate_prior(Run(16, gain, 256, "cosine", 4), parameters=BILLIONS)
+    assert (tuning["low"], tuning["learning_rate"], tuning["high"]) == pytest.approx(prior.rates)
+    assert tuning["three_rates"] == pytest.approx(prior.three_rates)
+    assert tuning["expected_regret"] == pytest.approx(prior.expected_regret)
+    assert tuning["expected_regret_of_three"] == pytest.approx(prior.expected_regret_of_three)
+    assert (tuning["config"]["r"], tuning["config"]["lora_alpha"]) == (16, gain)
+    assert tuning["config"]["use_rslora"] is False
+    assert f"{prior.rates.best:.3g}" in result["answer"]
+    assert any("extrapolated" in sentence for sentence in tuning["assumptions"])
 
 
-def test_by_default_the_rate_is_the_prior_s_without_data(model) -> None:
-    """The rate is the prior's for the planned run; a larger gain lowers it."""
-    rates = []
-    for alpha in (8, 64):
-        words = ["--model", model, f"--rank 16 --alpha {alpha} --steps 256 --json"]
-        rates.append(json.loads(commands.output(commands.run_command(sim.main, *words)))["answer"])
-    assert all("expected regret" in answer and "probe" not in answer for answer in rates)
-    low, high = (float(answer.split("learning rate ")[1].split()[0]) for answer in rates)
-    assert 2 < low / high < 8
+def test_the_text_has_the_answer_peft_s_entries_and_the_assumptions(model) -> None:
+    printed = commands.output(commands.run_command(sim.main, "--model", model, SETTINGS, "--targets q_proj"))
+    result = answer("--model", model, SETTINGS, "--targets q_proj")
+    first, entries, *assumptions = printed.splitlines()
+    assert first == result["answer"]
+    assert entries == "PEFT: LoraConfig(r=16, lora_alpha=8.0, use_rslora=False, target_modules=['q_proj'])"
+    assert assumptions == [f"- {sentence}" for sentence in result["tuning"]["assumptions"]]
+
+
+def test_the_configuration_alone_is_read(model, tmp_path, monkeypatch) -> None:
+    """Of a folder, of a GGUF file, and of a hub id with a revision, whose weights are not downloaded."""
+    import huggingface_hub
+
+    usual = answer("--model", model, SETTINGS)["tuning"]
+    # A folder without weights, and the same one as the hub's cache has it.
+    for folder in (tmp_path / "folder", tmp_path / "snapshots" / "aaaa"):
+        folder.mkdir(parents=True)
+        shutil.copy(model / "config.json", folder)
+    assert answer("--model", tmp_path / "folder", SETTINGS)["tuning"] == usual
+    weights = {name: np.zeros(shape, np.float32) for name, shape in expected_shapes(checkpoint.CONFIG).items()}
+    file = gguf_files.write_model(tmp_path / "model.gguf", checkpoint.CONFIG, weights, {})
+    assert answer("--model", file, SETTINGS)["tuning"] == usual
+    asked = []
+
+    def download(repository: str, name: str, *, revision: str | None, **_: Any) -> str:
+        asked.append((repository, name, revision))
+        return str(tmp_path / "snapshots" / "aaaa" / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("weights are downloaded"))
+    assert answer("--model org/tiny --revision v1", SETTINGS)["tuning"] == usual
+    assert asked == [("org/tiny", "config.json", "v1")]
 
 
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ("--budget 0.1", "--data .*budget"),
-        ("--data x.json", "--data .*budget"),
-        ("--data x.json --budget 0.1 --held-out 4", "--held-out .*16.* 4"),
-        ("--data x.json --budget 2", "--budget .* 2"),
+        ("--targets z_proj", "'z_proj', which matches no module"),
+        ("--family none", "--family .*'none'"),
+        ("--model nowhere", "nowhere: no such path"),
+        ("--rank 0", "--rank .* 0"),
     ],
 )
-def test_bad_input_is_refused_before_work(words, named) -> None:
+def test_bad_input_is_one_line(words, named, model) -> None:
+    words = words if "--model" in words else f"--model {model} {words}"
     assert re.search(named, commands.refusal(commands.run_command(sim.main, words)))

@@ -26,7 +26,7 @@ from rora_theory.runs.cluster import ClusterConfig
 from rora_theory.validation import ranges
 from sims.common.record_batches import BatchConfig, PairConfig
 from sims.lr_transfer import RateGrid
-from sims.tune import PlannedRun
+from sims.tune import TuneOptions
 
 NAN = float("nan")
 
@@ -59,12 +59,7 @@ INVALID: dict[type, dict[str, tuple]] = {
     SweepGrid: {"methods": (("qlora",), (), ("lora", "lora")), "seeds": ((3, 3), (-1,)), "model": ((), ("a", "a"))}
     | {"ranks": ((), (4, 4), (0,)), "lrs": ((), (1e-3, -1.0)), "read_at": ((2, 1), (0, 1))}
     | same_values("gains full_lrs", (1.0, 1.0), (0.0,)),
-    PlannedRun: same_values("steps rank batch_size probe_rank", 0)
-    | same_values("alpha lr", 0.0)
-    | same_values("clip budget", -1.0)
-    | same_values("warmup seed", -1)
-    | same_values("cutoff held_out", 1)
-    | {"weight_decay": (-0.1,), "dropout": (1.0,), "rule": ("none",), "targets": ((),)},
+    TuneOptions: same_values("steps rank batch_size", 0) | {"alpha": (0.0,), "rule": ("none",), "targets": ((),)},
     RegimeConfig: {"ranks": ((), (4, 4), (0,)), "rules": ((), ("lore",), ("rora", 0.5))}
     | {"optimizers": ((), ("lion",)), "inits": (("pissa",), ("gaussian", "gaussian"))}
     | same_values("alpha lr", 0.0)
@@ -108,7 +103,6 @@ COMBINATIONS = [
     (FinetuneConfig, {"method": "full", "quantization": "q8_0"}, "quantization .*method full, got 'q8_0'"),
     (FinetuneConfig, {"method": "dora", "bottleneck": 8}, "bottleneck .*method dora, got 8"),
     (FinetuneConfig, {"virtual_tokens": 3}, "virtual_tokens .*method lora, got 3.*prefix"),
-    (PlannedRun, {"steps": 256, "warmup": 256}, "warmup .* 256, got 256"),
     (TransferConfig, {"split": "train"}, "split train .* regime"),
     (TransferConfig, {"per": "one", "regime": "cross-talk"}, "per one .* regime"),
     (

@@ -136,7 +136,7 @@ class ModelSource:
         return {"model": self.label, "commit": self.commit, "model_sha256": self.sha256}
 
 
-def locate(name: str | Path, revision: str | None = None) -> ModelSource:
+def locate(name: str | Path, revision: str | None = None, *, config_only: bool = False) -> ModelSource:
     """Find the folder in Hugging Face layout, or the GGUF file, of a model; download it if necessary.
 
     - An existing path is returned as it is.
@@ -148,6 +148,7 @@ def locate(name: str | Path, revision: str | None = None) -> ModelSource:
     Args:
       name: Path, hub id or built-in name.
       revision: Branch, tag or commit of a hub id; None is ``main``.
+      config_only: Whether the configuration of a hub id suffices, so that its weights are not downloaded.
 
     Raises:
       InputError: There is no model under that name, or the hub refuses access.
@@ -173,7 +174,7 @@ def locate(name: str | Path, revision: str | None = None) -> ModelSource:
         raise InputError(
             f"{text or repr(text)}: no such path, and not a hub id OWNER/NAME. Built-in models: {', '.join(BUILT_IN)}."
         )
-    return ModelSource(text, *_download(text, revision))
+    return ModelSource(text, *_download(text, revision, config_only=config_only))
 
 
 def _locate_built_in(name: str, revision: str | None) -> ModelSource:
@@ -254,7 +255,9 @@ def _installed_files(distribution: str, pattern: str) -> list[Path]:
     return [path for path in paths if re.fullmatch(pattern, path.name) and path.is_file()]
 
 
-def _download(repository: str, revision: str | None, *, cached: bool = False) -> tuple[Path, str, str]:
+def _download(
+    repository: str, revision: str | None, *, cached: bool = False, config_only: bool = False
+) -> tuple[Path, str, str]:
     """Download a revision's files, or find them in the cache; return their folder, the repository and the commit."""
     from huggingface_hub import hf_hub_download, snapshot_download
 
@@ -265,6 +268,8 @@ def _download(repository: str, revision: str | None, *, cached: bool = False) ->
         LlamaConfig.from_hf(read_object(config))
         # The cache's layout is snapshots/COMMIT/config.json. Fetch the weights by commit, since a branch may move.
         commit = config.parent.name
+        if config_only:
+            return config.parent, repository, commit
         folder = snapshot_download(
             repository,
             revision=commit,

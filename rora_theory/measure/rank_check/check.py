@@ -64,7 +64,6 @@ from rora_theory.measure.rank_check.coordinate_table import (
     slope_rows,
 )
 from rora_theory.measure.regimes import thin
-from rora_theory.measure.tuning.training import build_optimizer
 from rora_theory.optimizers import MOMENTUM, WEIGHT_DECAY, OptimizerName
 from rora_theory.scaling import check_instance, check_integer, check_positive
 from rora_theory.stats.slopes import BAND, assert_flat
@@ -104,6 +103,20 @@ def make_optimizer_of(
         return lambda parameters: torch.optim.Adam(parameters, lr=learning_rate)
     momentum = MOMENTUM if name == "momentum" else 0.0
     return lambda parameters: torch.optim.SGD(parameters, lr=learning_rate, momentum=momentum)
+
+
+def build_optimizer(
+    make_optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer], parameters: list[torch.nn.Parameter]
+) -> torch.optim.Optimizer:
+    """Return the optimizer that a function makes of trainable parameters.
+
+    Raises:
+      InputError: If the function returns something else.
+    """
+    optimizer = make_optimizer(parameters)
+    if not hasattr(optimizer, "param_groups"):
+        raise InputError(f"make_optimizer must return an optimizer of PyTorch, got {shown(optimizer)}")
+    return optimizer
 
 
 def adamw(learning_rate: LearningRate) -> MakeOptimizer:

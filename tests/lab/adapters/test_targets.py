@@ -6,7 +6,7 @@ from rora_theory.errors import InputError
 from rora_theory.lab.adapters import FullConfig, LoraConfig
 from rora_theory.lab.adapters.targets import layer_text, resolve
 from rora_theory.lab.llama import MODULES, LlamaConfig
-from sims.tune import PlannedRun
+from sims.tune import TuneOptions
 
 
 def resolved(config: LlamaConfig, **settings):
@@ -33,8 +33,7 @@ def test_all_linear_may_be_the_only_word_of_a_list(config) -> None:
     assert tuple(ranks(config, target_modules=words)) == MODULES
     assert LoraConfig(4, 8.0, target_modules=words) == LoraConfig(4, 8.0, target_modules="all-linear")
     assert FullConfig(words).table(config) == FullConfig(MODULES).table(config)
-    planned = PlannedRun(targets=words)
-    assert planned.peft_entries()["target_modules"] == "all-linear"
+    assert TuneOptions(targets=words).peft_entries()["target_modules"] == "all-linear"
     with pytest.raises(InputError, match="'all-linear'"):
         ranks(config, target_modules=["q_proj", "all-linear"])
 

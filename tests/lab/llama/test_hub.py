@@ -130,6 +130,9 @@ def test_the_commit_is_resolved_once(monkeypatch, tmp_path):
         huggingface_hub, "snapshot_download", lambda *_, revision, **__: str(tmp_path / "snapshots" / revision)
     )
     assert hub.locate("org/tiny", "main") == hub.ModelSource("org/tiny", config.parent, "org/tiny", "aaaa")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("weights are downloaded"))
+    alone = hub.locate("org/tiny", "main", config_only=True)
+    assert alone == hub.ModelSource("org/tiny", config.parent, "org/tiny", "aaaa")
 
 
 def test_a_missing_built_in_model_names_the_command(monkeypatch):

@@ -15,7 +15,7 @@ from support.torch_models import peft, torch, transformers
 from rora_theory import InputError
 from rora_theory.lab.llama import LlamaConfig, forward, init_params
 from rora_theory.lab.llama.weights import save_hf
-from rora_theory.measure import coordinate_check, hooks, regime, tune
+from rora_theory.measure import coordinate_check, hooks, regime
 from rora_theory.measure.modules import select_modules
 from rora_theory.measure.regimes.module_regime import RegimeConfig
 
@@ -233,13 +233,9 @@ def test_an_unknown_family_is_refused(fault, name) -> None:
 
 def measurements(family, model):
     """Yield each measurement of a model as a function."""
-    targets = "all-linear"
     yield partial(regime, model, batch(family), batch(family, 1), config=SMALL)
-    make_model = partial(torch_models.adapted, model, target_modules=targets, task_type=None)
+    make_model = partial(torch_models.adapted, model, target_modules="all-linear", task_type=None)
     yield partial(coordinate_check, make_model, batch(family), (1, 2), held_out=batch(family, 1), steps=(1,), seeds=2)
-    settings = peft.LoraConfig(r=4, target_modules=targets)
-    train, held_out = ([batch(family, seed) for seed in seeds] for seeds in ((0, 1), (2, 3)))
-    yield partial(tune, model, train, held_out, config=settings, steps=200, budget=0.2)
 
 
 UNSUPPORTED = {
@@ -321,9 +317,9 @@ def test_weights_that_are_not_in_one_process_are_refused(kind, one_process) -> N
         model = model.to("meta")
     else:
         pytest.importorskip("accelerate").cpu_offload(model, execution_device=torch.device("cpu"))
-    regime_of, check, probe = measurements("llama", model)
+    regime_of, check = measurements("llama", model)
     # Accelerate loads offloaded weights for a measurement, but autograd cannot train through them.
-    refused = [check, probe] if kind == "offloaded" else [regime_of, check, probe]
+    refused = [check] if kind == "offloaded" else [regime_of, check]
     named = "on the meta device" if kind in ("meta", "offloaded") else "shards .*FSDP"
     for measure in refused:
         with pytest.raises(InputError, match=named) as caught:
