@@ -10,7 +10,7 @@ A mutant is one module with one operator, comparison, number or condition change
 its docstrings fails on it, or if its time runs out. The groups are `judging` (statistics, advice and verdicts),
 `sweep` (a sweep's best rates, regrets and change tables), `bridge` (PyTorch), `tuning` (a rate without a tuned run),
 `data` (records and batches), `workers` (cells computed with Ray) and `pages` (the calculator and the numbers in the
-pages). Operators do not write what a person gets wrong, such as a checkpoint of other weights that is resumed; these
+pages). Operators do not write what a person gets wrong, such as a worker that writes into another run's folder; these
 faults are a list, `benchmarks.realistic_faults`.
 The modules that the tests need are imported once. Each mutant runs in a fork that imports only what depends on the
 module, so that it takes about a second, or some seconds in the bridge. It needs the extra `mutation` and is run on
