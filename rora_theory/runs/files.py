@@ -84,15 +84,13 @@ def check_folder(path: str | Path) -> None:
         raise InputError(f"{path}: no permission to write to {existing}. {advice}")
 
 
-def resolve_inside(folder: Path, name: object, *, where: str | Path, links: bool = False) -> Path:
+def resolve_inside(folder: Path, name: object, *, where: str | Path) -> Path:
     """Return the path of a file in a folder by a name that was read from a file.
 
     Args:
       folder: Folder that the path must not leave.
       name: Relative path.
       where: File that holds the name, for the error.
-      links: Whether symbolic links may lead out of the folder, as in the Hugging Face hub's cache. Pass True only for
-        files that are read, never for those that are written or removed.
 
     Raises:
       InputError: The name is not a relative path, contains ``..``, or leads out of the folder through a symbolic link.
@@ -107,7 +105,7 @@ def resolve_inside(folder: Path, name: object, *, where: str | Path, links: bool
     """
     parts = PurePath(name).parts if isinstance(name, str) and "\0" not in name else ()
     path = folder.joinpath(*parts)
-    if not parts or PurePath(*parts).is_absolute() or ".." in parts or not (links or _is_inside(path, folder)):
+    if not parts or PurePath(*parts).is_absolute() or ".." in parts or not _is_inside(path, folder):
         raise InputError(f"{where}: names {shown(name)}, which is not a path inside {folder}")
     return path
 

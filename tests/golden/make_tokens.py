@@ -77,7 +77,7 @@ def corpus(data: Path) -> dict[str, list[str]]:
         records = json.loads(path.read_text())
         pairs = [(record["instruction"], record["output"]) for record in records]
         texts[f"{path.parent.name}/{path.name}"] = [
-            text for pair in pairs for text in (*pair, prompts.training_text(*pair))
+            text for pair in pairs for text in (*pair, prompts.prompt(pair[0], "train") + pair[1])
         ]
     return texts
 

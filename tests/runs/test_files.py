@@ -184,7 +184,6 @@ def test_links_are_followed_only_inside_a_folder(tmp_path: Path) -> None:
     (tmp_path / "shard").write_text("")
     (folder / "sub").mkdir()
     (folder / "sub" / "outer").symlink_to(tmp_path / "shard")
-    assert files.resolve_inside(folder, "sub/outer", where="", links=True).exists()
     with pytest.raises(InputError, match="outer: symbolic link out of"):
         files.check_links(folder)
     (folder / "sub" / "outer").unlink()

@@ -57,9 +57,12 @@ def test_entries_of_any_run_are_read(tmp_path):
 def test_the_weights_that_a_run_reads_are_named(tmp_path, capsys):
     model = checkpoint.model(tmp_path / "model")
     RunFolder.open("sweep", {}, out=tmp_path / "run", models=[llama.locate(model)]).finish()
-    assert capsys.readouterr().out.startswith("model hf: safetensors, not quantised (F32); sha256 ")
+    assert capsys.readouterr().out.startswith("model hf: safetensors, not quantised (F32 100%); sha256 ")
     (weights,) = manifest(tmp_path / "run")["weights"]
-    assert (weights["sha256"], weights["quantised"]) == (llama.model_digest(model), False)
+    assert (weights["sha256"], weights["storage"]) == (
+        llama.model_digest(model),
+        "safetensors, not quantised (F32 100%)",
+    )
 
 
 @pytest.mark.parametrize("line", ["[" * 100_000, '{"step": 3, "loss": 0.', "[1]", "\0" * 9, "\xff"])

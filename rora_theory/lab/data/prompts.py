@@ -79,20 +79,3 @@ def prompt(instruction: str, template: str = "eval", *, input: str = "") -> str:
     indent = layout.indent
     body = "".join(f"{indent}{heading}\n{indent}{text}\n{layout.empty_line}\n" for heading, text in sections)
     return f"{opening}\n\n{body}{indent}{RESPONSE_HEADING}\n{indent}"
-
-
-def training_text(
-    instruction: str,
-    output: str,
-    template: str = "train",
-    *,
-    input: str = "",  # noqa: A002
-) -> str:
-    """Return prompt and response as the published code tokenizes them, without the end-of-sequence token.
-
-    Args:
-      output: Response of the record.
-      template: Template of the prompt, see `prompt`.
-      input: Input of the record.
-    """
-    return prompt(instruction, template, input=input) + output

@@ -8,7 +8,7 @@ from jaxtyping import Int
 from rora_theory.errors import InputError
 from rora_theory.lab.data.batches import TextEncoder
 from rora_theory.lab.data.formats import AnyRecord, Chat, Text
-from rora_theory.lab.data.prompts import training_text
+from rora_theory.lab.data.prompts import prompt
 from rora_theory.lab.data.records import FormatConfig, check_named_once, read_record_set
 from rora_theory.runs import files
 
@@ -44,7 +44,7 @@ def _document(record: AnyRecord) -> str:
         return record.text
     if isinstance(record, Chat):
         return "\n\n".join(message["content"] for message in record.messages)
-    return training_text(record.instruction, record.output, "train", input=record.input)
+    return prompt(record.instruction, "train", input=record.input) + record.output
 
 
 def sample_windows(

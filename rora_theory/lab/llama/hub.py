@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from rora_theory.errors import InputError, first_line
 from rora_theory.lab.llama.config import LlamaConfig
-from rora_theory.lab.llama.identity import Storage, model_digest, read_storage
+from rora_theory.lab.llama.identity import describe_storage, model_digest
 from rora_theory.lab.llama.weights import weight_files
 from rora_theory.runs import digests
 from rora_theory.runs.files import check_regular, read_object, temporary_path
@@ -86,14 +86,14 @@ class ModelSource:
         return model_digest(self.path)
 
     @cached_property
-    def storage(self) -> Storage:
-        """Storage of the weights, `identity.read_storage`."""
-        return read_storage(self.path)
+    def storage(self) -> str:
+        """Storage of the weights, `identity.describe_storage`."""
+        return describe_storage(self.path)
 
     def manifest_entries(self) -> dict[str, Any]:
         """Return the details of the weights that a run's manifest records.
 
-        A built-in model may be the hub's or a quantised GGUF file made from it; ``commit`` and ``container`` tell them
+        A built-in model may be the hub's or a quantised GGUF file made from it; ``commit`` and ``storage`` tell them
         apart.
         """
         return {
@@ -102,9 +102,7 @@ class ModelSource:
             "commit": self.commit,
             "sha256": self.sha256,
             "license": self.license,
-            "container": self.storage.container,
-            "quantised": self.storage.quantised,
-            "types": dict(self.storage.types),
+            "storage": self.storage,
         }
 
     @property

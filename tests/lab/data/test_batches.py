@@ -22,7 +22,7 @@ def examples(records, **options):
 
 
 def text(record):
-    return prompts.training_text(record.instruction, record.output, "clean")
+    return prompts.prompt(record.instruction, "clean") + record.output
 
 
 def test_short_texts_get_an_end_token_and_long_texts_are_truncated():
@@ -36,7 +36,7 @@ def test_short_texts_get_an_end_token_and_long_texts_are_truncated():
 
 
 def test_defaults_are_the_published_template_and_256_tokens():
-    expected = prompts.training_text("q", "a", "train", input="more")
+    expected = prompts.prompt("q", "train", input="more") + "a"
     assert bytes(tokenize([Record("q", "a", "more")], ENCODER, cutoff=1000)[0][1:-1].tolist()).decode() == expected
     tokenized = examples([Record("q" * 300, "answer")])
     assert (tokenized.lengths.tolist(), tokenized.truncated) == ([256], 1)

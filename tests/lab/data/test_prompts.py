@@ -32,11 +32,6 @@ def test_prompt_bytes(template: str, extra: str) -> None:
     assert prompts.prompt("Q?", template, input=extra).split("\n") == BYTES[template, extra]
 
 
-def test_training_text_appends_the_output_with_no_newline() -> None:
-    text = prompts.training_text("Q?", "the correct answer is true")
-    assert text == "\n".join(BYTES["train", ""]) + "the correct answer is true"
-
-
 def test_a_multi_line_instruction_is_not_indented_again() -> None:
     assert f"{SPACES}a\n\nb\n{SPACES}\n" in prompts.prompt("a\n\nb", "train")
 

@@ -65,7 +65,7 @@ def test_steps_replace_the_epochs():
 def test_a_record_set_has_the_prompt_of_its_format(completions):
     record_set = read_record_set([completions])
     assert first(prepare(record_set, tiny.ByteEncoder(), CONFIG)) == "2 + 2 = 4"
-    expected = prompts.training_text("2 + 2 = ", "4", "clean")
+    expected = prompts.prompt("2 + 2 = ", "clean") + "4"
     assert first(prepare(record_set, tiny.ByteEncoder(), FinetuneConfig(held_out=1, template="clean"))) == expected
 
 
@@ -87,7 +87,7 @@ def test_a_list_s_prompt_is_that_of_the_records_kind(completions):
     assert first(prepare(pairs, tiny.ByteEncoder(), CONFIG)) == "2 + 2 = 4"
     assert first(prepare([Text("abc")] * 3, tiny.ByteEncoder(), CONFIG)) == "abc"
     for named in (CONFIG, FinetuneConfig(held_out=1, template="train")):
-        expected = prompts.training_text("q", "a", "train")
+        expected = prompts.prompt("q", "train") + "a"
         assert first(prepare([Record("q", "a")] * 3, tiny.ByteEncoder(), named)) == expected
     for records in ([Text("a"), *pairs, Record("q", "a")], [*pairs, Record("q", "a")]):
         with pytest.raises(InputError, match=r"^template .* None for .*plain"):

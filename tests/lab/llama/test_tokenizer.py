@@ -293,7 +293,7 @@ def test_all_texts_of_the_commonsense_data(name: str, commonsense_dir: Path):
         texts = []
         for record in json.loads((commonsense_dir / file).read_text()):
             instruction, output = record["instruction"], record["output"]
-            texts += [instruction, output, prompts.training_text(instruction, output)]
+            texts += [instruction, output, prompts.prompt(instruction, "train") + output]
         encoded = tokenizer.encode_batch(texts, add_bos=False)
         flat = np.array([n for ids in encoded for n in (len(ids), *ids)], "<i4")
         assert hashlib.sha256(flat.tobytes()).hexdigest() == digest, file
