@@ -19,7 +19,7 @@ def test_every_argument_is_described_in_the_modules_of_the_reference():
     (pattern,) = (pattern for pattern, rules in ignores.items() if rules == ["D417"])
     checked = set(pattern.removeprefix("!rora_theory/{").removesuffix("}.py").split(","))
     assert len(RENDERED) > 50
-    assert {_module_of(name).removeprefix("rora_theory.").replace(".", "/") for name in RENDERED} == checked
+    assert {_module_of(name).removeprefix("rora_theory.").replace(".", "/") for name in RENDERED} <= checked
 
 
 def _module_of(name: str) -> str:
