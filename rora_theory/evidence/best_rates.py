@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
@@ -75,11 +75,10 @@ def log_rates(curves: Sequence[Curve], method: Method = "vertex") -> list[float]
 def estimate_exponent(
     sweeps: Sequence[Sweep],
     *,
-    over: Literal["rank", "gain"] = "rank",
     ranks: tuple[int, float] = (1, math.inf),
     method: Method = "vertex",
 ) -> tuple[Estimate, int, int]:
-    r"""Estimate the exponent of the best rate in the rank or in G.
+    r"""Estimate the exponent of the best rate in the rank.
 
     One slope is fitted to the log best rates of all models, each with an intercept of its own. The standard error is
     the jackknife's over models. For a single model it comes from the scatter of its best rates around the line, with
@@ -87,7 +86,6 @@ def estimate_exponent(
 
     Args:
       sweeps: Sweeps of one source.
-      over: Setting whose exponent is estimated; within a sweep the other must not vary independently of it.
       ranks: Lowest and highest rank.
       method: Estimator of the best rates. Curves whose best rate is a bound are left out.
 
@@ -101,7 +99,7 @@ def estimate_exponent(
     points: list[tuple[np.ndarray, np.ndarray]] = []
     for sweep in sweeps:
         curves = [fit.curve for fit in sweep.fits if fit.is_inside and ranks[0] <= fit.curve.rank <= ranks[1]]
-        x = np.log([getattr(curve, over) for curve in curves])
+        x = np.log([curve.rank for curve in curves])
         if len(curves) > 1 and np.ptp(x) > 0:
             y = np.array(log_rates(curves, method))
             points.append((x - x.mean(), y - y.mean()))

@@ -14,8 +14,10 @@ from rora_theory.advice.best_rate import RateRange
 from rora_theory.errors import InputError
 from rora_theory.evidence.policies import RangedRateFactor
 from rora_theory.evidence.sweeps import BestRateFit, Sweep
-from rora_theory.scaling import check_between
 from rora_theory.stats.estimate import ROUNDING, Estimate, jackknife
+
+LEVEL = 0.9
+"""Level that the range of a policy is meant to have."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,6 @@ class Calibration:
     """How often the best rate of a new setting lies in the range that a policy states.
 
     Attributes:
-      level: Level that the range is meant to have.
       share: Share of the pairs whose measured best rate lies inside, with the jackknife's standard error over models.
       share_with_errors: The same, where the ends of the range are moved outwards for the error of the two measured best
         rates, which the range does not contain.
@@ -35,7 +36,6 @@ class Calibration:
         if it is a single rate that misses too often.
     """
 
-    level: float
     share: Estimate
     share_with_errors: Estimate
     pairs: int
@@ -44,7 +44,7 @@ class Calibration:
     needed_scale: float
 
 
-def calibrate(sweeps: Sequence[Sweep], policy: RangedRateFactor, *, level: float = 0.9) -> Calibration:
+def calibrate(sweeps: Sequence[Sweep], policy: RangedRateFactor) -> Calibration:
     r"""Compare the range of a policy with the measured ratios of best rates.
 
     A pair consists of two settings of one model whose best rates lie inside their grids, the new one with a higher rank
@@ -56,16 +56,14 @@ def calibrate(sweeps: Sequence[Sweep], policy: RangedRateFactor, *, level: float
     Args:
       sweeps: Sweeps with at least one pair.
       policy: Factor of the best rate with its range.
-      level: Level that the range is meant to have, between 0 and 1.
 
     Returns:
       The shares, with models as clusters.
 
     Raises:
-      InputError: If there is no pair, or the level is out of range.
+      InputError: If there is no pair.
     """
-    check_between("level", level, 0, 1, closed="neither")
-    quantile = float(special.ndtri(0.5 + level / 2))
+    quantile = float(special.ndtri(0.5 + LEVEL / 2))
     by_model: dict[str, list[_Pair]] = {}
     for sweep in sweeps:
         inside = [fit for fit in sweep.fits if fit.is_inside]
@@ -84,14 +82,13 @@ def calibrate(sweeps: Sequence[Sweep], policy: RangedRateFactor, *, level: float
         return float(np.mean([pair.is_inside(quantile) for index in kept for pair in groups[index]]))
 
     return Calibration(
-        level=level,
         share=jackknife(partial(share, quantile=0.0), len(groups), "models"),
         share_with_errors=jackknife(partial(share, quantile=quantile), len(groups), "models"),
         pairs=len(pairs),
         models=len(groups),
         median_width=float(np.median([pair.width for pair in pairs])),
         # The smallest scale with which the stated share of the pairs lies inside.
-        needed_scale=sorted(pair.needed_scale(quantile) for pair in pairs)[math.ceil(level * len(pairs)) - 1],
+        needed_scale=sorted(pair.needed_scale(quantile) for pair in pairs)[math.ceil(LEVEL * len(pairs)) - 1],
     )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rora_theory.errors import InputError
 from rora_theory.evidence import absolute_rates, histories, regrets
 from rora_theory.evidence.best_rates import best_rates, exponents
-from rora_theory.evidence.calibration import calibrate
+from rora_theory.evidence.calibration import LEVEL, calibrate
 from rora_theory.evidence.policies import advised_range, policies_for
 from rora_theory.evidence.sources import SOURCES, SWEEPS, TABLES, read_table
 from rora_theory.evidence.sweeps import Sweep, full_rates, load_sweeps
@@ -48,7 +48,7 @@ def calibration_table(sweeps: Sequence[Sweep]) -> "pd.DataFrame":
         result = calibrate(sweeps, advised_range)
     except InputError:  # no pair of best rates inside their grids
         return frames.from_rows([], CALIBRATION_COLUMNS)
-    row = {"source": sweeps[0].source, "policy": "rora transfer", "level": result.level, "pairs": result.pairs}
+    row = {"source": sweeps[0].source, "policy": "rora transfer", "level": LEVEL, "pairs": result.pairs}
     row |= {"models": result.models, "share": result.share.value, "share_error": result.share.known_error}
     row |= {"share_with_errors": result.share_with_errors.value}
     row |= {"share_with_errors_error": result.share_with_errors.known_error}

@@ -93,7 +93,7 @@ def test_parameters_are_counted(swept) -> None:
 def test_the_loss_of_a_cell_is_that_of_its_adapter(swept, model, data, method) -> None:
     """The saved adapter is evaluated beside the weights, on the held-out records that the cell names."""
     [row, *_] = [row for row in table(swept) if row["method"] == method]
-    (run,) = read_runs(swept, [row["key"]])
+    (run,) = (run for run in read_runs(swept) if run.key == row["key"])
     written = commands.rows(swept / "records.csv")
     assert len(written) == 6
     original = load(str(model))

@@ -146,23 +146,20 @@ class SweepRun:
         return TrainedRun(*setting, float(sums.sum() / sizes.sum()), sums, sizes)
 
 
-def read_runs(folder: Path, keys: Iterable[str] | None = None) -> list[SweepRun]:
+def read_runs(folder: Path) -> list[SweepRun]:
     """Read the runs of the finished cells of a run folder.
 
     Args:
       folder: Run folder.
-      keys: Keys of the cells to read; None reads all.
 
     Raises:
       InputError: If a line was modified or holds values of a wrong type.
     """
     config = (read_manifest(folder, ()) or {}).get("config", {})
-    selected = None if keys is None else set(keys)
     runs = []
     for cell in read_finished_cells(folder).values():
-        if selected is None or cell.key in selected:
-            with naming_damage(f"{folder / CELLS}: key {cell.key}"):
-                runs.append(_convert_run(cell, config))
+        with naming_damage(f"{folder / CELLS}: key {cell.key}"):
+            runs.append(_convert_run(cell, config))
     # A run without a value of an axis has the one that the others share.
     settings = config.get("settings", {})
     shared = {name: settings.get(name) for run in runs for name, _ in run.axes}

@@ -50,7 +50,8 @@ def test_compared_runs_are_read_and_their_settings_named(tmp_path) -> None:
     assert (new.method, new.adapter, new.gain, new.gamma) == ("rora", "lora", 16.0, 1.0)
     assert (new.steps, new.model) == (8, "n")
     assert (new.axes, new.evaluation) == ((("schedule", "linear"),), {"protocol": "label"})
-    assert read_runs(tmp_path / "cosine", [key_of(CELL)]) == [replace(expected, steps=8, axes=())]
+    runs = {run.key: run for run in read_runs(tmp_path / "cosine")}
+    assert runs[key_of(CELL)] == replace(expected, steps=8, axes=(("schedule", "cosine"),))
     with pytest.raises(InputError, match="no setting differs"):
         read_comparison_runs(tmp_path / "cosine", cosine)
     with pytest.raises(InputError, match="data differs"):
@@ -70,6 +71,6 @@ def test_the_base_model_is_read_as_a_run_without_a_rate(tmp_path) -> None:
     base = CELL | settings | {"method": "base", "read_at": [], "evaluation": {"protocol": "label"}}
     value = {"readings": [RESULT["readings"][0] | {"step": 0}], "train_losses": [], "diverged_at": None}
     Journal(tmp_path / "run" / CELLS).append({"key": key_of(base), "cell": base, "value": value, "files": []})
-    (run,) = read_runs(tmp_path / "run", [key_of(base)])
+    run = {run.key: run for run in read_runs(tmp_path / "run")}[key_of(base)]
     assert (run.method, run.rank, run.gain, run.rate, run.seed) == ("base", None, None, 0.0, 0)
     assert (run.steps, run.length, run.losses(0)) == (None, 0, [1.0])
