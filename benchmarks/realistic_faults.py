@@ -358,8 +358,8 @@ SWEEP_FAULTS = [
     ),
     Fault(
         f"{SWEEP}/analysis.py",
-        'schedule=settings["schedule"],',
-        'schedule=shared["schedule"],',
+        'schedule=settings["schedule"])',
+        'schedule=shared["schedule"])',
         "the law of a group with another schedule is that of the shared one",
     ),
     Fault(
@@ -370,8 +370,8 @@ SWEEP_FAULTS = [
     ),
     Fault(
         f"{SWEEP}/analysis.py",
-        "by_loss[group[0].loss_on],",
-        'by_loss["all"],',
+        "compare_at_one_rate(runs, tokens[loss_on], step)",
+        'compare_at_one_rate(runs, tokens["all"], step)',
         "losses of answers are divided by the numbers of all tokens",
     ),
     Fault(
@@ -407,13 +407,13 @@ SWEEP_FAULTS = [
     ),
     Fault(
         f"{SWEEP}/law.py",
-        "steps=steps, warmup=warmup)\n    for crossing",
-        "steps=steps, warmup=0)\n    for crossing",
+        "steps=steps, warmup=self.warmup)",
+        "steps=steps, warmup=0)",
         "the law leaves out the warm-up",
     ),
     Fault(
         f"{SWEEP}/law.py",
-        "for curve in curves[step] if step > 1 or not warmup else ():",
+        "for curve in curves[step] if step > 1 or not law.warmup else ():",
         "for curve in curves[step]:",
         "a step at the rate 0 has a best rate",
     ),

@@ -83,7 +83,7 @@ class SweepOptions(SweepConfig):
 def run_matrix(config: SweepOptions) -> None:
     """Validate the inputs, run the cells that the run folder lacks, and report."""
     # Check all inputs before any work: the regime, the records, the models and the runs to compare with.
-    crossing_distances, linear_terms = laws_of_rates.read_regime(config.regime) if config.regime else ([], [])
+    law = laws_of_rates.read_regime(config.regime) if config.regime else None
     plan = plan_sweep(config)
     # The scoring may be added later to finished cells, so it can extend the identity.
     cells, identity, extensible = plan.cells(), plan.identity(), {"evaluation": plan.evaluation}
@@ -128,14 +128,13 @@ def run_matrix(config: SweepOptions) -> None:
         folder.write_frame(frames.from_rows(compared, differences.COLUMNS), "differences.csv")
     if failed is not None:
         raise failed
-    law: dict[str, Any] = {"crossing_distances": crossing_distances, "linear_terms": linear_terms}
-    judged = analysis.analyse(runs, tokens, identity["settings"], **law, other_runs=dict(compare_to))
+    judged = analysis.analyse(runs, tokens, identity["settings"], law=law, other_runs=dict(compare_to))
     for name, frame in judged.items():
         if len(frame):
             folder.write_frame(frame, f"{name}.csv")
     best = ends[ends["best_rate"].notna() | (ends["method"] == BASE)]
     with summarised(folder, collect_key_figures(best, judged)):
-        report(ends, best, len(runs), judged, law=bool(crossing_distances))
+        report(ends, best, len(runs), judged, law=law is not None)
     folder.finish()
     answers.print_files(path)
 

@@ -18,10 +18,9 @@ from rora_theory.lab.sweep.curves import (
     rate_table,
     ratio_table,
 )
-from rora_theory.lab.sweep.law import setting_exponents, step_exponents, whole_curve_exponents
+from rora_theory.lab.sweep.law import RateLaw, setting_exponents, step_exponents, whole_curve_exponents
 from rora_theory.lab.sweep.regret import policies, regret_by_policy, regret_table
 from rora_theory.lab.sweep.runs import FULL, SweepRun, merge_repeated_runs
-from rora_theory.optimizers import Schedule
 from rora_theory.stats.rate_curves import Curve
 from rora_theory.stats.verdicts import Outcome
 
@@ -61,8 +60,7 @@ def analyse(
     tokens: Mapping[str, tuple[Sequence[int], Sequence[int]]],
     shared: Mapping[str, Any],
     *,
-    crossing_distances: Sequence[float] = (),
-    linear_terms: Sequence[float] = (),
+    law: RateLaw | None = None,
     other_runs: Mapping[str, Sequence[SweepRun]] | None = None,
 ) -> dict[str, pd.DataFrame]:
     """Analyse the runs of a matrix, each combination of model, kind of adapter and further axes by itself.
@@ -74,8 +72,8 @@ def analyse(
       runs: Runs of the matrix.
       tokens: Numbers of tokens of the held-out records and of their answers by model.
       shared: Settings that all runs share, by name.
-      crossing_distances: Crossing distances of the model's modules, see `judge_runs`.
-      linear_terms: Linear terms of the model's modules, see `judge_runs`.
+      law: Law of the model's best rates, see `law.read_regime`; warm-up and schedule are those of the runs. None leaves
+        the law of a constant gradient out.
       other_runs: Runs to compare with, by description.
 
     Returns:
@@ -96,16 +94,8 @@ def analyse(
     for key, group in groups.items():
         settings = dict(shared) | dict(group[0].axes)
         by_loss = dict(zip(get_args(LossOn), tokens[key[0]], strict=True))
-        judged = judge_runs(
-            group,
-            by_loss[group[0].loss_on],
-            crossing_distances=crossing_distances,
-            linear_terms=linear_terms,
-            warmup=settings["warmup"],
-            schedule=settings["schedule"],
-            other_runs=others,
-            tokens_by_loss=by_loss,
-        )
+        group_law = replace(law or RateLaw(), warmup=settings["warmup"], schedule=settings["schedule"])
+        judged = judge_runs(group, by_loss, group_law, other_runs=others)
         described = {labels[place]: key[place] for place in different}
         for name, frame in judged.items():
             tables[name].append(frame.assign(**described) if len(frame) else frame)
@@ -117,27 +107,19 @@ def analyse(
 
 def judge_runs(
     runs: Sequence[SweepRun],
-    tokens: Sequence[int],
+    tokens: Mapping[LossOn, Sequence[int]],
+    law: RateLaw,
     *,
-    crossing_distances: Sequence[float],
-    warmup: int,
-    schedule: Schedule = "constant",
-    linear_terms: Sequence[float] = (),
     other_runs: Mapping[str, Sequence[SweepRun]] | None = None,
-    tokens_by_loss: Mapping[LossOn, Sequence[int]] | None = None,
 ) -> dict[str, pd.DataFrame]:
     """Find the best rates at every step of the readings, and compare them with each other and with the law.
 
     Args:
       runs: Runs of one grid; runs of the same setting are merged, see `runs.merge_repeated_runs`.
-      tokens: Number of tokens of each held-out record in the loss by which the runs are judged.
-      crossing_distances: Crossing distances of the model's modules; if empty, the law's exponents are left out.
-      warmup: Number of steps of linear warm-up.
-      schedule: Schedule of the learning rate after the warm-up.
-      linear_terms: Linear terms of the model's modules, see `law.setting_exponents`.
+      tokens: Number of tokens of each held-out record by the tokens of the loss; at least that by which the runs are
+        judged.
+      law: Law of a constant gradient; without crossing distances, the exponents of the laws are left out.
       other_runs: Runs to compare with, by description, see `runs.read_comparison_runs`.
-      tokens_by_loss: Numbers of tokens by the tokens of the loss, for the best rates by both losses; None uses the loss
-        by which the runs are judged.
 
     Returns:
       The tables by their names from `TABLES`; empty where the runs do not suffice.
@@ -146,8 +128,7 @@ def judge_runs(
     runs = merge_repeated_runs(runs)
     steps = sorted({reading.step for run in runs for reading in run.read.readings})
     loss_on = runs[0].loss_on if runs else "all"
-    losses: dict[LossOn, Sequence[int]] = {loss_on: tokens} | dict(tokens_by_loss or {})
-    by_step = {step: _curves_by_loss(runs, losses, step) for step in steps}
+    by_step = {step: _curves_by_loss(runs, tokens, step) for step in steps}
     curves = {step: by_loss[loss_on] for step, by_loss in by_step.items()}
     tables = dict.fromkeys(TABLES, pd.DataFrame())
     best = _concatenate(best_rate_table(step_curves, step) for step, step_curves in curves.items())
@@ -160,34 +141,32 @@ def judge_runs(
     merged_others = {name: merge_repeated_runs(named_runs) for name, named_runs in (other_runs or {}).items()}
     comparisons, rates, ratios = [], [], []
     for step, by_loss in by_step.items():
-        others = {name: _curves_by_loss(named_runs, losses, step) for name, named_runs in merged_others.items()}
-        others_by_loss = {name: {other: named[name] for other, named in others.items()} for name in losses}
+        others = {name: _curves_by_loss(named_runs, tokens, step) for name, named_runs in merged_others.items()}
+        others_by_loss = {name: {other: named[name] for other, named in others.items()} for name in tokens}
         comparisons.append(compare_best_rates(curves[step], step, others_by_loss[loss_on]))
         rates.append(rate_table(by_loss, step))
         ratios.append(ratio_table(by_loss, step, others_by_loss))
     tables |= {"comparisons": _concatenate(comparisons), "rates": _concatenate(rates), "ratios": _concatenate(ratios)}
-    tables["one_rate"] = _concatenate(compare_at_one_rate(runs, tokens, step) for step in steps)
+    tables["one_rate"] = _concatenate(compare_at_one_rate(runs, tokens[loss_on], step) for step in steps)
     # Exponents of the best rates, with those of the laws.
     tables["constants"] = constants = constants_by_steps(tables["parts"], best)
     by_steps = constants.groupby("step") if len(constants) else ()
     ranges = {int(step): (float(rows["constant"].min()), float(rows["constant"].max())) for step, rows in by_steps}
     exponents = pd.DataFrame()
-    if crossing_distances:
-        law: dict[str, Any] = {"crossing_distances": crossing_distances, "warmup": warmup, "schedule": schedule}
+    if law.crossing_distances:
         tables["exponents"] = exponents = _concatenate(
-            setting_exponents(step_curves, step, **law, linear_terms=linear_terms, constants=ranges)
-            for step, step_curves in curves.items()
+            setting_exponents(step_curves, step, law, constants=ranges) for step, step_curves in curves.items()
         )
-        tables["steps"] = step_exponents(curves, **law)
+        tables["steps"] = step_exponents(curves, law)
     tables["pooled"] = _concatenate(
         whole_curve_exponents(step_curves, step, exponents[exponents["step"] == step] if len(exponents) else exponents)
         for step, step_curves in curves.items()
     )
     # Regret of policies, with the geometric middle of the displacement constants at each step.
     middle = {step: math.sqrt(low * high) for step, (low, high) in ranges.items()}
-    crossing_distance = float(np.median(crossing_distances)) if crossing_distances else None
+    crossing_distance = float(np.median(law.crossing_distances)) if law.crossing_distances else None
     by_name = policies(middle, crossing_distance=crossing_distance)
-    tables["regret"] = regret_table(runs, tokens, curves, by_name, draws=BOOTSTRAP_SAMPLES)
+    tables["regret"] = regret_table(runs, tokens[loss_on], curves, by_name, draws=BOOTSTRAP_SAMPLES)
     tables["policies"] = regret_by_policy(tables["regret"])
     return tables
 

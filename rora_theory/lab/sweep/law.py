@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
 from rora_theory import laws
 from rora_theory.errors import InputError
@@ -46,11 +48,48 @@ STEP_COLUMNS = (
 """Columns of `step_exponents`."""
 
 
-def read_regime(folder: Path) -> tuple[list[float], list[float]]:
-    """Read the crossing distances and the linear terms under Adam of all modules, with PEFT's default initialisation.
+@dataclass(frozen=True)
+class RateLaw:
+    """What determines the best rates under Adam at a constant gradient.
 
-    Returns:
-      The crossing distances, and the linear terms c of the first step; a value of each per module.
+    Attributes:
+      crossing_distances: Crossing distances of the model's modules; empty if they are not known.
+      linear_terms: Linear terms c of the modules' first step; if empty, the signal term dominates.
+      warmup: Number of steps of linear warm-up from 0.
+      schedule: Schedule of the learning rate after the warm-up.
+    """
+
+    crossing_distances: tuple[float, ...] = ()
+    linear_terms: tuple[float, ...] = ()
+    warmup: int = 0
+    schedule: Schedule = "constant"
+
+    def factors(self, steps: int) -> Float[np.ndarray, " steps"]:
+        """Return the learning rate of every step of a run, relative to its peak."""
+        return schedule_factor(self.schedule, np.arange(steps), steps=steps, warmup=self.warmup)
+
+    def gain_exponents(self, gains: tuple[float, float], *, steps: int, rate: float) -> list[float]:
+        """Predict how the best rate changes between two values of gamma r, where the signal term dominates.
+
+        Args:
+          gains: The two values.
+          steps: Number of steps.
+          rate: Best peak learning rate at the first value.
+
+        Returns:
+          The exponents d log rate / d log gamma r at the `QUANTILES` of the crossing distances.
+        """
+        exponents = []
+        for crossing_distance in np.quantile(self.crossing_distances, QUANTILES).tolist():
+            # Ratio of the A part to the B part at the end of the run, which decides how much the rate changes.
+            distances = constant_gradient.distances(rate * self.factors(steps), crossing_distance=crossing_distance)
+            factor = constant_gradient.rate_factor(gains[1] / gains[0], distances.A / crossing_distance)
+            exponents.append(math.log(factor) / math.log(gains[1] / gains[0]))
+        return exponents
+
+
+def read_regime(folder: Path) -> RateLaw:
+    """Read the crossing distances and the linear terms under Adam of all modules, with PEFT's default initialisation.
 
     Raises:
       InputError: If `read_regime_run` refuses the folder, or if it has no such crossing distance.
@@ -63,43 +102,15 @@ def read_regime(folder: Path) -> tuple[list[float], list[float]]:
             f"{folder / CROSSING_DISTANCES} has no held-out row for kaiming_uniform. "
             "Run sims.regime with --inits kaiming_uniform."
         )
-    return held_out["crossing_distance"].astype(float).tolist(), list(run.linear_terms.values())
-
-
-def predict_exponents(
-    crossing_distances: Sequence[float],
-    gains: tuple[float, float],
-    *,
-    steps: int,
-    rate: float,
-    warmup: int,
-    schedule: Schedule = "constant",
-) -> list[float]:
-    """Predict by the law how the best rate changes between two values of gamma r.
-
-    The optimizer is Adam with a warm-up from 0, and the signal term dominates.
-
-    Returns:
-      The exponents d log rate / d log gamma r at the `QUANTILES` of the crossing distances.
-    """
-    exponents = []
-    rates = rate * schedule_factor(schedule, np.arange(steps), steps=steps, warmup=warmup)
-    for crossing_distance in np.quantile(crossing_distances, QUANTILES).tolist():
-        # Ratio of the A part to the B part at the end of the run, which decides how much the rate changes.
-        rho = constant_gradient.distances(rates, crossing_distance=crossing_distance).A / crossing_distance
-        factor = constant_gradient.rate_factor(gains[1] / gains[0], rho)
-        exponents.append(math.log(factor) / math.log(gains[1] / gains[0]))
-    return exponents
+    crossing_distances = held_out["crossing_distance"].astype(float).tolist()
+    return RateLaw(tuple(crossing_distances), tuple(run.linear_terms.values()))
 
 
 def setting_exponents(
     curves: Sequence[Curve],
     step: int,
+    law: RateLaw,
     *,
-    crossing_distances: Sequence[float],
-    warmup: int,
-    schedule: Schedule = "constant",
-    linear_terms: Sequence[float] = (),
     constants: Mapping[int, tuple[float, float]] | None = None,
 ) -> pd.DataFrame:
     """Measure the exponents of the best rate in gamma r and in the rank, and compare them with the laws.
@@ -110,10 +121,7 @@ def setting_exponents(
     Args:
       curves: `curves.curves_at` the step.
       step: Number of steps.
-      crossing_distances: Crossing distances of the model's modules, see `predict_exponents`.
-      warmup: Number of steps of linear warm-up.
-      schedule: Schedule of the learning rate after the warm-up.
-      linear_terms: Linear terms c of the modules' first step under Adam; if empty, the signal term dominates.
+      law: Law of a constant gradient, with crossing distances.
       constants: Smallest and largest measured displacement constant K by number of steps, see
         `change_parts.constants_by_steps`; without them the displacement law is left out over the gain.
 
@@ -149,25 +157,20 @@ def setting_exponents(
             at, low, high = first[1 - index], first[index], last[index]
             # Measured exponent, then those of the laws.
             slope = weighted_log2_rates((-1.0, 1.0), *ends).times(1 / math.log2(high / low))
-            law: tuple[float, ...] = (0.0, 0.0, 0.0)
+            predicted: tuple[float, ...] = (0.0, 0.0, 0.0)
             # By the displacement law the rank has no effect but through gamma r.
             displaced: tuple[float, float] | None = (0.0, 0.0)
             if over == "gain":
-                rate = ends[0].best_rate
-                law = tuple(
-                    predict_exponents(
-                        crossing_distances, (low, high), steps=step, rate=rate, warmup=warmup, schedule=schedule
-                    )
-                )
+                predicted = tuple(law.gain_exponents((low, high), steps=step, rate=ends[0].best_rate))
                 displaced = _displacement_exponents((constants or {}).get(step), low, high)
-            elif len(linear_terms):
+            elif law.linear_terms:
                 # Rates that preserve each module's first step.
-                exponents = laws.equal_change_rank_exponent(low, high, np.asarray(linear_terms))
-                law = (0.0, *np.quantile(exponents, QUANTILES[1:]).tolist())
+                exponents = laws.equal_change_rank_exponent(low, high, np.array(law.linear_terms))
+                predicted = (0.0, *np.quantile(exponents, QUANTILES[1:]).tolist())
             edge, seeds = _edge_of_pair(*ends), len(ends[0].losses)
             labels = {"step": step, "over": over, "at": at, "first": low, "second": high}
-            judged = _judge(slope, (min(law), max(law)), displaced, over, is_bound=bool(edge), seeds=seeds)
-            rows.append(labels | judged | {"law": law[1], "edge": edge})
+            judged = _judge(slope, (min(predicted), max(predicted)), displaced, over, is_bound=bool(edge), seeds=seeds)
+            rows.append(labels | judged | {"law": predicted[1], "edge": edge})
     return frames.from_rows(rows, EXPONENT_COLUMNS) if rows else pd.DataFrame()
 
 
@@ -271,13 +274,7 @@ def _displacement_exponents(
     return min(exponents), max(exponents)
 
 
-def step_exponents(
-    curves: Mapping[int, Sequence[Curve]],
-    *,
-    crossing_distances: Sequence[float],
-    warmup: int,
-    schedule: Schedule = "constant",
-) -> pd.DataFrame:
+def step_exponents(curves: Mapping[int, Sequence[Curve]], law: RateLaw) -> pd.DataFrame:
     """Measure the exponent of the best rate in the number of steps, and compare it with that of a constant gradient.
 
     At every rank and gain the exponent is measured between all pairs of numbers of steps. Steps within a warm-up
@@ -290,9 +287,7 @@ def step_exponents(
 
     Args:
       curves: `curves.curves_at` by step.
-      crossing_distances: Crossing distances of the model's modules, see `predict_exponents`.
-      warmup: Number of steps of linear warm-up.
-      schedule: Schedule of the learning rate after the warm-up.
+      law: Law of a constant gradient, with crossing distances.
 
     Returns:
       A row for each rank, gain and pair of numbers of steps, ``first`` below ``second``: ``rank``, ``gain``,
@@ -306,7 +301,7 @@ def step_exponents(
     # Curves of each setting by step, without steps at which the warm-up has not raised the rate from 0.
     curves_of_setting: dict[tuple[int, float], dict[int, Curve]] = {}
     for step in sorted(curves):
-        for curve in curves[step] if step > 1 or not warmup else ():
+        for curve in curves[step] if step > 1 or not law.warmup else ():
             curves_of_setting.setdefault((curve.rank, curve.scaling), {})[step] = curve
     for by_step in curves_of_setting.values():
         # Steps ascend, so that the first number of every pair is the smaller one.
@@ -320,20 +315,18 @@ def step_exponents(
             slope = weighted_log2_rates((-1.0, 1.0), *ends).times(1 / octaves)
             rate = ends[0].best_rate
             # Full fine-tuning has no A that could take over.
-            distances = np.quantile(crossing_distances, QUANTILES).tolist() if curve.rank else [math.inf]
+            distances = np.quantile(law.crossing_distances, QUANTILES).tolist() if curve.rank else [math.inf]
             # Exponents of the law, at quantiles of the modules' crossing distances.
-            schedules = [
-                schedule_factor(schedule, np.arange(count), steps=count, warmup=warmup) for count in (first, second)
-            ]
+            factors = law.factors(first), law.factors(second)
             preserving_rates = [
-                constant_gradient.rate_for_equal_change(rate, *schedules, crossing_distance=distance)
+                constant_gradient.rate_for_equal_change(rate, *factors, crossing_distance=distance)
                 for distance in distances
             ]
-            law = sorted(math.log2(preserving / rate) / octaves for preserving in preserving_rates)
+            predicted = sorted(math.log2(preserving / rate) / octaves for preserving in preserving_rates)
             edge, seeds = _edge_of_pair(*ends), len(ends[0].losses)
-            judged = _judge(slope, (law[0], law[-1]), None, "step", is_bound=bool(edge), seeds=seeds)
+            judged = _judge(slope, (predicted[0], predicted[-1]), None, "step", is_bound=bool(edge), seeds=seeds)
             labels = setting_labels(curve) | {"first": first, "second": second}
-            rows.append(labels | judged | {"law": law[len(law) // 2], "edge": edge})
+            rows.append(labels | judged | {"law": predicted[len(predicted) // 2], "edge": edge})
     return frames.from_rows(rows, STEP_COLUMNS) if rows else pd.DataFrame()
 
 

@@ -27,7 +27,9 @@ from rora_theory.stats.rate_curves import Curve
 RATES = [10 ** (k / 4) for k in range(-18, -7)]
 TOKENS = list(range(40, 72))
 CROSSING_DISTANCES = (0.002, 0.004, 0.008)
-LAW = {"crossing_distances": CROSSING_DISTANCES, "warmup": 4}
+LAW = horizon_law.RateLaw(CROSSING_DISTANCES, warmup=4)
+NO_LAW = horizon_law.RateLaw(warmup=4)
+BY_LOSS = {"all": TOKENS}
 GROWTH = 724 / 64
 """Ratio of the two gains of `grid`."""
 
@@ -98,9 +100,10 @@ def curves_of(runs: Sequence[SweepRun], step: int = 64, draws: int = 200) -> lis
     return horizon_curves.curves_at(runs, TOKENS, step, draws=draws)
 
 
-def exponents(runs: Sequence[SweepRun], **options) -> pd.DataFrame:
+def exponents(runs: Sequence[SweepRun], *, constants=None, **law) -> pd.DataFrame:
     """Return the exponents after 64 steps by ``over`` and ``at``."""
-    return horizon_law.setting_exponents(curves_of(runs), 64, **LAW | options).set_index(["over", "at"])
+    table = horizon_law.setting_exponents(curves_of(runs), 64, replace(LAW, **law), constants=constants)
+    return table.set_index(["over", "at"])
 
 
 FINE = 10.0 ** np.arange(-6, -1, 0.25)
@@ -120,13 +123,13 @@ def moved(powers: Sequence[float], factor: float) -> list[float]:
 def in_gain(first: Sequence[float], second: Sequence[float]) -> dict:
     """Return the exponent between two gains with these best rates of the seeds."""
     ends = [curve(first), curve(second, gain=724.0)]
-    (row,) = frames.rows(horizon_law.setting_exponents(ends, 64, **LAW))
+    (row,) = frames.rows(horizon_law.setting_exponents(ends, 64, LAW))
     return row
 
 
 def in_steps(first: Curve, second: Curve) -> dict:
     """Return the exponent between 16 and 64 steps."""
-    (row,) = frames.rows(horizon_law.step_exponents({16: [first], 64: [second]}, **LAW))
+    (row,) = frames.rows(horizon_law.step_exponents({16: [first], 64: [second]}, LAW))
     return row
 
 
@@ -157,9 +160,8 @@ def adams_power(crossing_distance: float, rate: float = 1e-3) -> float:
 
 
 def predicted(steps: int = 64, rate: float = 1e-3, warmup: int = 4, **options) -> list[float]:
-    return horizon_law.predict_exponents(
-        CROSSING_DISTANCES, (64.0, 724.0), steps=steps, rate=rate, warmup=warmup, **options
-    )
+    law = replace(LAW, warmup=warmup, **options)
+    return law.gain_exponents((64.0, 724.0), steps=steps, rate=rate)
 
 
 def test_the_predicted_exponent_rises_from_minus_one_to_minus_a_half_with_the_horizon() -> None:
@@ -239,7 +241,7 @@ def test_full_fine_tuning_is_compared_with_the_adapters_and_in_no_exponent() -> 
     assert all(isinstance(row["rank"], int) for row in best if row["rank"]), "8, not 8.0, in the file"
     assert {curve.line for curve in curves} == {("adamw", "both", rule, 1.0) for rule in ("full", "lora")}
     lora = [curve for curve in curves if curve.rule == "lora"]
-    tables = [horizon_law.setting_exponents(selected, 64, **LAW) for selected in (curves, lora)]
+    tables = [horizon_law.setting_exponents(selected, 64, LAW) for selected in (curves, lora)]
     pd.testing.assert_frame_equal(*tables)
     assert frames.rows(table_of(runs))[0]["gamma"] is None
     assert horizon_curves.compare_best_rates(curves_of([*arm, *runs[-2:]], draws=50), 64).empty
@@ -271,7 +273,7 @@ def test_a_rival_in_the_rank_prevents_agreement(exponent, spread, linear_term, v
     """Three seeds, whose interval is 2.5 spreads wide on either side."""
     powers = (exponent - spread, exponent, exponent + spread)
     ends = [curve([1e-3] * 3), curve(moved(powers, 16), rank=128)]
-    (row,) = frames.rows(horizon_law.setting_exponents(ends, 64, **LAW, linear_terms=[linear_term]))
+    (row,) = frames.rows(horizon_law.setting_exponents(ends, 64, replace(LAW, linear_terms=(linear_term,))))
     assert (row["over"], row["verdict"], row["displacement_verdict"]) == ("rank", verdict, displacement)
 
 
@@ -305,7 +307,7 @@ def test_in_the_rank_the_law_includes_cross_talk() -> None:
     # The rank has an effect beyond gamma r, against the displacement law.
     assert (row["verdict"], row["displacement_verdict"]) == ("agrees", "contradicts")
     pd.testing.assert_frame_equal(crossed.loc["gain"], signal.loc["gain"])
-    judged = analysis.judge_runs(runs, TOKENS, **LAW, linear_terms=terms)["exponents"]
+    judged = analysis.judge_runs(runs, BY_LOSS, replace(LAW, linear_terms=terms))["exponents"]
     assert set(judged[judged["over"] == "rank"]["verdict"]) == {"agrees"}
 
 
@@ -313,7 +315,7 @@ def test_pooled_exponents_have_narrower_intervals_and_the_same_predictions() -> 
     """Two ranks of three seeds; a third rank with one seed is left out of the pool."""
     runs = grid(-0.7, seeds=3, noise=3e-3)
     single = [replace(run, rank=1) for run in select(runs, rank=8, seed=0)]
-    judged = analysis.judge_runs([*runs, *single], TOKENS, **LAW)
+    judged = analysis.judge_runs([*runs, *single], BY_LOSS, LAW)
     rows = judged["pooled"].query("step == 64 and over == 'gain' and verdict.notna()")
     (row,) = frames.rows(rows)
     assert (row["at"], row["first"], row["second"], row["seeds"]) == ("8 128", 64, 724, 3)
@@ -371,7 +373,7 @@ def test_how_the_best_rate_falls_with_the_steps(planted: float, verdict: str) ->
     early = select(grid(-0.53, seeds=3), rank=8, gain=64.0)
     by_step = {16: early, 64: scaled(early, 1.0, rate=4**planted)}
     curves = {step: curves_of(runs, draws=50) for step, runs in by_step.items()}
-    (row,) = frames.rows(horizon_law.step_exponents(curves, **LAW))
+    (row,) = frames.rows(horizon_law.step_exponents(curves, LAW))
     assert (row["rank"], row["gain"], row["first"], row["second"], row["seeds"]) == (8, 64, 16, 64, 3)
     assert row["exponent"] == pytest.approx(planted, abs=0.01)
     assert row["law"] == pytest.approx(ADAM, abs=2e-3)
@@ -389,7 +391,7 @@ def test_all_pairs_of_steps_are_compared_within_a_setting(order) -> None:
     rank_32 = replace(at_64[64], rank=32, scaling=2.0)  # one number of steps
     by_step = {step: [at_64[step], *([at_724[step]] if step in at_724 else [])] for step in order}
     by_step[64].append(rank_32)
-    table = horizon_law.step_exponents(by_step, **LAW)
+    table = horizon_law.step_exponents(by_step, LAW)
     pairs = [tuple(row) for row in table[["rank", "gain", "first", "second"]].to_numpy().tolist()]
     assert pairs == [(8, 64, 16, 64), (8, 64, 16, 256), (8, 64, 64, 256), (8, 724, 16, 64)]
     assert table["exponent"].tolist() == pytest.approx([-0.5, -0.75, -1.0, 0.0], abs=1e-6)
@@ -428,8 +430,8 @@ def test_full_fine_tuning_is_judged_by_the_law_of_a_weight_that_moves_by_itself(
 def test_a_step_before_anything_has_moved_has_no_exponent() -> None:
     """The first step's rate is 0 under a warm-up."""
     by_step = {step: [curve([1e-3] * 3)] for step in (1, 16, 64)}
-    assert horizon_law.step_exponents(by_step, **LAW)["first"].tolist() == [16]
-    assert horizon_law.step_exponents(by_step, crossing_distances=CROSSING_DISTANCES, warmup=0)["first"].tolist() == [
+    assert horizon_law.step_exponents(by_step, LAW)["first"].tolist() == [16]
+    assert horizon_law.step_exponents(by_step, replace(LAW, warmup=0))["first"].tolist() == [
         1,
         1,
         16,
@@ -451,7 +453,7 @@ def test_best_rates_in_the_steps_are_paired_by_seed() -> None:
     row = in_steps(curve(apart, seeds=seeds), later)
     assert (row["exponent"], row["standard_error"]) == (pytest.approx(-1.0), pytest.approx(0, abs=1e-9))
     other = {16: [curve(apart, seeds=seeds)], 64: [curve(apart, seeds=(3, 4, 5))]}
-    assert horizon_law.step_exponents(other, **LAW).empty
+    assert horizon_law.step_exponents(other, LAW).empty
 
 
 # ---- comparisons of curves
@@ -506,7 +508,7 @@ def test_at_one_rate_a_difference_can_come_from_the_rate_alone() -> None:
             assert 0 < row["half_width"] < 0.3
     assert by_rank[8]["difference"].iloc[1] > 0.08
     assert by_rank[8]["difference"].iloc[-1] < -0.08
-    judged = analysis.judge_runs(runs, TOKENS, crossing_distances=(), warmup=4)
+    judged = analysis.judge_runs(runs, BY_LOSS, NO_LAW)
     assert len(judged["one_rate"]) == 2 * len(table)
     assert len(judged["best"]) == 2 * (4 + 2), "a curve for each arm and step, also for three runs without a partner"
     assert (len(judged["exponents"]), len(judged["steps"])) == (0, 0), "no crossing distances, no law"
@@ -517,7 +519,7 @@ def test_runs_are_compared_with_those_of_another_setting() -> None:
     runs = select(grid(-0.53, seeds=2), rank=8)
     runs += [replace(run, rank=None, gain=None, method=FULL) for run in select(runs, gain=64.0)]
     other_runs = [other for run in runs for other in scaled([run], 0.97, rate=4.0 if run.gain == 724.0 else 2.0)]
-    judged = analysis.judge_runs(runs, TOKENS, crossing_distances=(), warmup=4, other_runs={"targets all": other_runs})
+    judged = analysis.judge_runs(runs, BY_LOSS, NO_LAW, other_runs={"targets all": other_runs})
     table = judged["comparisons"].query("step == 64 and compared_with == 'targets all'")
     assert table["rank"].fillna(0).tolist() == [0, 8, 8]
     assert table["ratio"].to_numpy() == pytest.approx([0.5, 0.5, 0.25], rel=0.02)
@@ -597,7 +599,7 @@ def test_runs_that_differ_in_their_length_are_one() -> None:
     assert outcomes == [1.0, 2.0, math.inf], "the longer run diverged before the shorter one ended"
     distinct = [replace(runs[0], **change) for change in ({"seed": 1}, {"rate": 2e-3}, {"rank": 4}, {"gain": 8.0})]
     assert len(merge_repeated_runs([*runs, *distinct])) == 5
-    assert len(analysis.judge_runs([*runs, *distinct], [1], crossing_distances=(), warmup=4)["parts"]) == 5
+    assert len(analysis.judge_runs([*runs, *distinct], {"all": [1]}, NO_LAW)["parts"]) == 5
     decaying = [replace(runs[0], steps=256), replace(runs[1], steps=64)]
     assert merge_repeated_runs([*decaying, *decaying]) == decaying[::-1], "two lengths, the shorter first"
 
@@ -607,7 +609,7 @@ def test_a_step_that_few_runs_reach_leaves_the_others_as_they_are() -> None:
     runs = select(grid(-0.7, seeds=2), rank=8)
     longer = replace(runs[0].read.readings[-1], step=256)
     runs[0] = replace(runs[0], read=replace(runs[0].read, readings=[*runs[0].read.readings, longer]))
-    judged = analysis.judge_runs(runs, TOKENS, **LAW)
+    judged = analysis.judge_runs(runs, BY_LOSS, LAW)
     for frame in (judged["best"], judged["exponents"]):
         assert sorted(set(frame["step"])) == [16, 64]
         assert frame["step"].dtype.kind == "i"
@@ -619,8 +621,8 @@ def test_further_axes_are_analysed_by_themselves_and_compared_with_the_first() -
     axes = {"constant": (("schedule", "constant"), ("warmup", 4)), "cosine": (("schedule", "cosine"), ("warmup", 8))}
     cosine = [replace(run, axes=axes["cosine"], steps=64) for run in scaled(runs, 0.95)]
     constant = [replace(run, axes=axes["constant"]) for run in runs]
-    shared, law = {"warmup": 4, "schedule": "constant"}, {"crossing_distances": CROSSING_DISTANCES}
-    judged = analysis.analyse([*constant, *cosine], {"": (TOKENS, TOKENS)}, shared, **law)
+    shared = {"warmup": 4, "schedule": "constant"}
+    judged = analysis.analyse([*constant, *cosine], {"": (TOKENS, TOKENS)}, shared, law=LAW)
     assert judged["best"].groupby("schedule").size().to_dict() == {"constant": 4, "cosine": 4}
     compared = judged["comparisons"].query("compared_with == 'schedule constant, warmup 4'")
     assert set(compared["schedule"]) == {"cosine"}
@@ -667,7 +669,7 @@ def test_the_table_and_the_figure_of_best_rates(tmp_path) -> None:
     assert settings == [(16, 8, 64), (16, 8, 724), (16, 128, 64), (16, 128, 724)]
     np.testing.assert_allclose(best[16]["best_rate"], 1e-3 * (best[16]["gain"] / 64) ** -0.5, rtol=0.05)
     assert not best[16]["edge"].any()
-    judged = [horizon_law.setting_exponents(step_curves, step, **LAW) for step, step_curves in curves.items()]
+    judged = [horizon_law.setting_exponents(step_curves, step, LAW) for step, step_curves in curves.items()]
     judged[1] = judged[1][judged[1]["at"] == 8]
     tables = {"results": table_of(runs), "exponents": pd.concat(judged)}
     tables["best"] = pd.concat([best[16], best[64][best[64]["rank"] == 8]])
@@ -747,7 +749,7 @@ def test_constants_and_regrets_of_planted_runs(monkeypatch) -> None:
         return bootstrap(*arguments, **options)
 
     monkeypatch.setattr(trained_runs, "bootstrap", count)
-    judged = analysis.judge_runs(displaced_runs(), TOKENS, **LAW)
+    judged = analysis.judge_runs(displaced_runs(), BY_LOSS, LAW)
     assert len(calls) == 2 * 2 * 2 * 3, "one bootstrap for each rank, gain, step and seed: the regret needs no more"
     assert set(judged["constants"]["step"]) == {16, 64}
     for name in ("constant", "constant_low", "constant_high"):
@@ -792,7 +794,7 @@ def test_a_pair_with_a_best_rate_at_the_end_of_either_grid_is_marked() -> None:
 def test_exponents_of_whole_curves_alone_and_pooled() -> None:
     """Two ranks and two seeds with a planted exponent; a verdict stands beside the pooled one alone."""
     curves = curves_of(grid(-0.7, in_rank=0.1, seeds=2), draws=20)
-    alone = horizon_law.setting_exponents(curves, 64, **LAW)
+    alone = horizon_law.setting_exponents(curves, 64, LAW)
     table = horizon_law.whole_curve_exponents(curves, 64, alone).set_index(["over", "at"])
     for at in ("8", "128", "8 128"):
         row = table.loc["gain", at]
@@ -834,5 +836,5 @@ def test_the_advice_is_the_rate_that_transfer_names(schedule) -> None:
 
 def test_runs_without_measured_parts_have_the_regret_of_the_other_policies() -> None:
     """Only the displacement law needs a constant K of the runs."""
-    costs = analysis.judge_runs(grid(-0.53), TOKENS, crossing_distances=(), warmup=4)["regret"]
+    costs = analysis.judge_runs(grid(-0.53), BY_LOSS, NO_LAW)["regret"]
     assert set(costs["policy"]) == {"keep the rate", "first step", "square root", "G^-0.75", "advice"}

@@ -47,11 +47,10 @@ def test_the_analysis_of_published_runs_gives_their_tables(name, tmp_path) -> No
     folder = PUBLISHED / name
     manifest = json.loads((folder / "manifest.json").read_text())
     regime, compare_to = (option(manifest["command"], words) for words in ("--regime", "--compare-to"))
-    crossing_distances, linear_terms = read_regime(regime) if regime else ([], [])
+    law = read_regime(regime) if regime else None
     others = dict([read_comparison_runs(compare_to, manifest["config"])] if compare_to else [])
     runs, tokens = merge_repeated_runs(read_runs(folder)), read_tokens(folder)
-    law = {"crossing_distances": crossing_distances, "linear_terms": linear_terms, "other_runs": others}
-    judged = analysis.analyse(runs, tokens, manifest["config"]["settings"], **law)
+    judged = analysis.analyse(runs, tokens, manifest["config"]["settings"], law=law, other_runs=others)
     tables = {f"{name}.csv": table for name, table in judged.items()}
     tables["results.csv"] = results.results_table(runs, tokens)
     checked = [path.name for path in folder.glob("*.csv") if path.name not in UNCHECKED]

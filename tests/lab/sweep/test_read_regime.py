@@ -15,9 +15,9 @@ TERMS = [1.0, 3.0, 6.0, 8.0]
 
 def test_values_are_those_of_pefts_init_at_held_out_tokens_under_adam(tmp_path) -> None:
     run = regime_runs.write(tmp_path / "run")
-    crossing_distances, terms = read_regime(run)
-    assert crossing_distances == pytest.approx([term / 100 for term in TERMS], rel=1e-12)
-    assert terms == TERMS
+    law = read_regime(run)
+    assert law.crossing_distances == pytest.approx([term / 100 for term in TERMS], rel=1e-12)
+    assert law.linear_terms == tuple(TERMS)
     (run / "manifest.json").write_text(json.dumps({}))
     (run / CROSSING_DISTANCES).write_text(",".join(CROSSING_DISTANCE_COLUMNS) + "\n")
     with pytest.raises(InputError, match=r"crossing_distances\.csv has no held-out row for kaiming_uniform"):
