@@ -197,7 +197,9 @@ def test_a_moved_branch_is_another_run(name, model, data, monkeypatch) -> None:
     config = settings(name, "org/tiny", data)
     for commit, revision in (("aaaa", "main"), ("bbbb", "main"), ("bbbb", "v2")):
 
-        def download(repository: str, revision: str | None, *, commit: str = commit) -> tuple[Path, str, str]:
+        def download(
+            repository: str, revision: str | None, *, config_only: bool = False, commit: str = commit
+        ) -> tuple[Path, str, str]:
             revisions.append(revision)
             return model, repository, commit
 

@@ -1,6 +1,6 @@
 """Plans of sweeps without a command."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from rora_theory.lab.data.tasks import TaskRecord
 from rora_theory.lab.evaluate.scoring import Scoring
@@ -17,9 +17,9 @@ def sweep_plan(
     located: Mapping[str, ModelSource],
     *,
     grid: SweepGrid | None = None,
-    tasks: Mapping[str, Sequence[TaskRecord]] | None = None,
+    tasks: Mapping[str, list[TaskRecord]] | None = None,
     scoring: Scoring | None = None,
 ) -> SweepPlan:
     """Return a plan of these runs, whose cells are not scored."""
     scoring = scoring or Scoring("label", "clean")
-    return SweepPlan(grid or SweepGrid(), training, scoring, records, dict(tasks or {}), None, located, None)
+    return SweepPlan(grid or SweepGrid(), training, scoring, records, tasks or {}, None, located, None)
