@@ -198,7 +198,7 @@ def test_a_moved_branch_is_another_run(name, model, data, monkeypatch) -> None:
     for commit, revision in (("aaaa", "main"), ("bbbb", "main"), ("bbbb", "v2")):
 
         def download(
-            repository: str, revision: str | None, *, config_only: bool = False, commit: str = commit
+            repository: str, revision: str | None, *, commit: str = commit, **_: bool
         ) -> tuple[Path, str, str]:
             revisions.append(revision)
             return model, repository, commit
