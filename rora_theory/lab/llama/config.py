@@ -360,24 +360,19 @@ def _pop_window(values: dict[str, Any], family: Family) -> tuple[int | None, tup
     layer_types, layers = values.pop("layer_types", None), values["num_hidden_layers"]
 
     # Whether there is a window: Qwen has a switch beside the length, in other families the length decides.
-    supported = (True, False, None) if family.full_layers == "first" else (window is not None, None)
-    if not any(is_used is value for value in supported):
-        choices = " or ".join(map(repr, supported))
-        raise InputError(f"config: use_sliding_window must be {choices}, got {shown(is_used)}")
     if family.full_layers == "first" and not is_used:
         window = None
     if window is not None:
         check_integer("config: sliding_window", window)
 
     # The layers without window: all if there is no window, otherwise by Qwen's count or Gemma's period.
-    count = values.pop("max_window_layers", None) or 0
+    first_layers = values.pop("max_window_layers", None) or 0
+    count = first_layers if family.full_layers == "first" else 0
     pattern = values.pop("sliding_window_pattern", None)
     period = pattern if family.full_layers == "any" else layers + 1
     check_integer("config: max_window_layers", count, minimum=0)
     check_integer("config: sliding_window_pattern", period)
     full = [*range(layers)] if window is None else [*range(min(count, layers)), *range(period - 1, layers, period)]
-    if full and window is not None and family.full_layers == "none":
-        raise InputError(f"config: max_window_layers must be 0 for {family.architecture}, got {count}")
 
     # layer_types, if present, takes precedence where the family allows it, and must otherwise agree.
     if isinstance(layer_types, list) and window is not None and family.full_layers != "none":

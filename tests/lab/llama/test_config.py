@@ -96,6 +96,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
     [
         ({"model_type": "mistral"}, 4096, ()),
         ({"model_type": "mistral", "sliding_window": None}, None, ()),
+        ({"model_type": "mistral", "sliding_window": 8, "use_sliding_window": False, "max_window_layers": 1}, 8, ()),
         ({"model_type": "mistral", "sliding_window": 8, "layer_types": [SLIDING] * 2}, 8, ()),
         ({"model_type": "qwen3", "sliding_window": 8, "max_window_layers": 2, "use_sliding_window": True}, None, ()),
         ({"model_type": "qwen3", "sliding_window": 8, "use_sliding_window": True}, None, ()),  # from layer 28 on
@@ -155,8 +156,6 @@ QWEN_WINDOW = {"model_type": "qwen2", "num_key_value_heads": 2, "sliding_window"
         ({"model_type": "qwen2", "attention_bias": True}, "attention_bias .* qwen2, got True"),
         ({"model_type": "qwen3", "mlp_bias": True}, "mlp_bias .*got True"),
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window .*got 0"),
-        ({"model_type": "mistral", "sliding_window": 8, "max_window_layers": 1}, "max_window_layers .*got 1"),
-        ({"model_type": "mistral", "sliding_window": 8, "use_sliding_window": False}, "use_sliding_window .*got False"),
         ({"model_type": "mistral", "sliding_window": 8, "layer_types": [FULL, SLIDING]}, "layer_types"),
         ({"model_type": "qwen2", "layer_types": [SLIDING, SLIDING]}, "layer_types"),
         ({**QWEN_WINDOW, "layer_types": [SLIDING, FULL]}, "layer_types"),
@@ -178,7 +177,6 @@ QWEN_WINDOW = {"model_type": "qwen2", "num_key_value_heads": 2, "sliding_window"
         ),
         ({"query_pre_attn_scalar": 8}, "query_pre_attn_scalar .*got 8"),
         ({"rope_local_base_freq": 1e4}, "rope_local_base_freq .*got 10000.0"),
-        ({**QWEN_WINDOW, "use_sliding_window": 1}, "use_sliding_window .*got 1"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"attention_dropout": 0.1}, "attention_dropout"),
         ({"sliding_window": 4096}, "sliding_window"),
@@ -204,7 +202,6 @@ QWEN_WINDOW = {"model_type": "qwen2", "num_key_value_heads": 2, "sliding_window"
         ({"head_dim": 7}, "head_dim"),
         ({"auto_map": {"AutoModelForCausalLM": "modeling.Other"}}, "auto_map"),
         ({"layer_types": "full_attention"}, "layer_types"),
-        ({"use_sliding_window": True}, "use_sliding_window"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"hidden_size": 10**30}, "hidden_size .* at most 2,147,483,647, got 10+"),
         ({"rope_parameters": "x" * 10_000}, "rope_parameters"),
