@@ -15,9 +15,6 @@ from figures import style
 from rora_theory.evidence import starting_rates
 from rora_theory.evidence.policies import advised_range
 
-WIDTH = 3.8
-"""Width of the figure in inches, at which a phone shows its letters in a readable size."""
-
 PALETTE = style.COLOURS[:-1]
 """Colours of the models: all but black, which is the law's."""
 
@@ -47,7 +44,9 @@ def draw_best_rate_vs_rank(config: BestRateVsRankOptions) -> Sequence[Path]:
         name: (PALETTE[i % len(PALETTE)], style.MARKERS[(i + 2 * (i // len(PALETTE))) % len(style.MARKERS)])
         for i, name in enumerate(names)
     }
-    figure, axes = plt.subplots(len(panels), 1, figsize=(WIDTH, 0.7 + 2.5 * len(panels)), sharex=True, squeeze=False)
+    figure, axes = plt.subplots(
+        len(panels), 1, figsize=(style.NARROW, 0.7 + 2.5 * len(panels)), sharex=True, squeeze=False
+    )
     for axis, (rows, title) in zip(axes.flat, panels, strict=True):
         draw_law(axis, rows)
         for (_, model), curve in rows.groupby(["source", "model"], sort=False):

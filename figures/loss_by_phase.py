@@ -12,9 +12,6 @@ import tyro
 from figures import style
 from rora_theory.validation.ranges import Positive, check_ranges
 
-WIDTH = 3.8
-"""Width of the figure in inches, at which a phone shows its letters in a readable size."""
-
 
 @dataclass(frozen=True)
 class LossByPhaseOptions:
@@ -37,7 +34,7 @@ def draw_loss_by_phase(config: LossByPhaseOptions) -> Sequence[Path]:
     if shown.empty:
         style.fail(f"{config.run} has no loss at --learning-rate {config.learning_rate:g}. Choose a rate of the runs.")
     models = sorted(shown["model"].unique(), key=lambda name: -len(shown[shown["model"] == name]))
-    figure, axes = plt.subplots(len(models) + 1, 1, figsize=(WIDTH, 1.0 + 1.75 * (len(models) + 1)), sharex=True)
+    figure, axes = plt.subplots(len(models) + 1, 1, figsize=(style.NARROW, 1.0 + 1.75 * (len(models) + 1)), sharex=True)
     for axis, model in zip(axes, models, strict=False):
         phases = shown[shown["model"] == model].groupby(["first_step", "last_step"], sort=True)
         for position, ((first, last), rows) in enumerate(phases):

@@ -14,9 +14,6 @@ from figures import style
 from rora_theory.evidence.policies import LEFT_OUT
 from rora_theory.evidence.sources import SOURCES
 
-WIDTH = 3.8
-"""Width of the figure in inches, at which a phone shows its letters in a readable size."""
-
 FLOOR = 1e-5
 """Smallest regret drawn, in nats per token."""
 
@@ -59,7 +56,7 @@ def draw_regret_by_model(config: RegretByModelOptions) -> Sequence[Path]:
     ]
     heights = [len(rows) + 1 for _, rows in panels]
     generator = np.random.default_rng(0)
-    size = (WIDTH, 0.9 + 0.26 * sum(heights))
+    size = (style.NARROW, 0.9 + 0.26 * sum(heights))
     figure, axes = plt.subplots(len(panels), 1, figsize=size, height_ratios=heights, sharex=True, squeeze=False)
     for axis, (title, rows) in zip(axes.flat, panels, strict=True):
         for position, (_, values, mean) in enumerate(rows):

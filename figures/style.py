@@ -42,6 +42,9 @@ Options = TypeVar("Options")
 WIDTH = 4.6
 """Width of most figures in inches, and of the widest: a phone shows their letters at 9 pixels or more."""
 
+NARROW = 3.8
+"""Width in inches of figures with long labels, which a phone then shows in a readable size."""
+
 CLOSEST_TICKS = 1.6
 """Smallest ratio of two labelled values of G."""
 
