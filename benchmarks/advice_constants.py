@@ -2,12 +2,13 @@
 
     python benchmarks/advice_constants.py --out results/published/constants
 
-Public sweeps give the exponent in the rank; our runs of SmolLM2-135M and Gemma 3 270M give the displacement constant,
-the exponents in the number of steps and of records, and the factor of the schedule. The spreads of a pair and of the
-rank are fitted to pairs of best rates at one gain, every model with the same weight; the spread of the gain to our
-pairs with two gains, since a single public model has such pairs. Coverage is that of the stated 90% ranges: of pairs at
-one gain with the exponent and the spreads that the other models give, of public pairs with two gains by constants that
-none of them gave. Our own pairs with two gains are the only ones that are judged by their own spread.
+Public sweeps give the exponent in the rank; our models give the displacement constant (``gain_policies``), and our runs
+of SmolLM2-135M and Gemma 3 270M the exponents in the number of steps and of records, and the factor of the schedule.
+The spreads of a pair and of the rank are fitted to pairs of best rates at one gain, every model with the same weight;
+the spread of the gain to our pairs with two gains, since a single public model has such pairs. Coverage is that of the
+stated 90% ranges: of pairs at one gain with the exponent and the spreads that the other models give, of public pairs
+with two gains by constants that none of them gave. Our own pairs with two gains are the only ones that are judged by
+their own spread.
 """
 
 import argparse
@@ -39,6 +40,9 @@ OURS = {
     "horizon_gemma_cosine": ("Gemma 3 270M", "cosine"),
 }
 """Model and schedule of each folder of our runs."""
+
+OURS_BY_SEED = {"small_models": "small model", "gain_seeds/smollm2": "SmolLM2-135M", "gain_seeds/gemma": "Gemma 3 270M"}
+"""Model of each folder of our runs over G, with data of its own for each seed (``benchmarks/gain_laws.py``)."""
 
 MIN_STEPS = 64
 """Fewest steps of our runs that count: shorter ones end during the first drop of the loss."""
@@ -103,6 +107,12 @@ def our_best_rates() -> list[BestRate]:
             BestRate(model, int(row.rank), float(row.gain), int(row.step), schedule, math.log(row.best_rate))
             for row in inside.itertuples()
         ]
+    for folder, model in OURS_BY_SEED.items():
+        table = pd.read_csv(PUBLISHED / folder / "best.csv").query("estimator == 'three points'")
+        # Readings on the way are of the same runs.
+        inside = table[table["edge"].isna() & (table["steps"] == table.groupby("schedule")["steps"].transform("max"))]
+        logs = np.log(inside["best_rate"]).groupby([inside[name] for name in ("rank", "gain", "steps", "schedule")])
+        rates += [BestRate(model, *setting, log_rate) for setting, log_rate in logs.mean().items()]
     return rates
 
 
@@ -195,11 +205,14 @@ def coverage(pairs: Sequence[Pair], spreads: Sequence[float]) -> float:
 
 
 def summarise_displacement_constant() -> tuple[float, float, str]:
-    """Return K, the spread of its logarithm and its source: the middle of the published runs' lowest and highest."""
-    values = pd.concat([pd.read_csv(PUBLISHED / name / "constants.csv") for name in ("horizon", "horizon_gemma")])
-    values = values[values["step"] >= MIN_STEPS]["constant"]
-    low, high = math.log(values.min()), math.log(values.max())
-    return math.exp((low + high) / 2), (high - low) / 4, "SmolLM2-135M and Gemma 3 270M, 64 and 256 steps"
+    """Return K, the spread of its logarithm and its source: the geometric mean of our models' own constants.
+
+    A model's own constant has the lowest regret on its runs, see `gain_policies`. Public models give none, so that
+    their runs with two gains remain a test.
+    """
+    own = pd.read_csv(PUBLISHED / "gain_policies" / "constants.csv").query("law == 'displacement law' and is_ours")
+    logs = np.log(own["constant"])
+    return float(np.exp(logs.mean())), float(logs.std()), f"{', '.join(own['model'])}: the K of the lowest regret"
 
 
 def longest_pairs() -> pd.DataFrame:

@@ -5,14 +5,15 @@
 Each law has one constant: the power p of G^-p, or K of the displacement law (c = 1). A model's own constant is the one
 with the lowest mean regret on its runs. For each model in turn the laws have the mean of the other models' constants
 (of K the geometric mean), and the regret is that on the model left out. Beside them are laws without a constant. All
-laws have the advice's exponent in the rank. The K of the advice is the mean over our models, see `advice_constants`.
+laws have the advice's exponent in the rank.
 
 A pair is two settings of one seed, schedule and number of steps that differ in G, in both directions, with both best
 rates inside their grids. The tuned rate is that of the first setting.
 
 Which law the advice has was fixed before the runs of SmolLM2 and Gemma in ``gain_seeds``: the displacement law if, with
 constants of other models, its mean regret is the lower one over all models and in at least half of them; otherwise the
-power of G, which is simpler. The constant is the mean of the own constants of all models here.
+power of G, which is simpler. The constant is the mean over our models: with that of the public model, as the rule first
+said, that model would no longer be a test.
 
 - ``policies.csv`` has a row for each model and law: mean, median and largest regret in nats per token, the number of
   pairs, and the constant. ``all models`` is the mean over the models.
@@ -51,7 +52,7 @@ CONSTANTS_K = np.geomspace(5, 500, 41)
 WITHOUT_CONSTANT = {"keep the rate": 0.0, "square root": 0.5, "G^-0.75": 0.75, "first step": 1.0}
 """Powers that were not fitted, by name."""
 
-OUR_MODELS = ("small", "SmolLM2 135M", "Gemma 3 270M")
+OUR_MODELS = ("small model", "SmolLM2-135M", "Gemma 3 270M")
 """Models of our runs, from which the K of the advice comes."""
 
 RANK_EXPONENT = CONSTANTS["rank_exponent"].value
@@ -108,7 +109,7 @@ def seeded_pairs(design: str, schedule: str, folder: Path) -> list[Pair]:
 def all_pairs(external: Path | None) -> dict[str, dict[str, list[Pair]]]:
     """Return the pairs by model and, within it, by set of runs."""
     pairs: dict[str, dict[str, list[Pair]]] = {
-        "SmolLM2 135M": {
+        "SmolLM2-135M": {
             "constant": published_pairs("horizon", (64, 256)),
             "cosine, use_rslora": [
                 pair
@@ -117,16 +118,16 @@ def all_pairs(external: Path | None) -> dict[str, dict[str, list[Pair]]]:
             ],
         },
         "Gemma 3 270M": {"constant": published_pairs("horizon_gemma", (64,))},
-        "small": {
+        "small model": {
             schedule: seeded_pairs("small", schedule, PUBLISHED / "small_models") for schedule in gain_laws.SCHEDULES
         },
     }
-    for model, name in (("SmolLM2 135M", "smollm2"), ("Gemma 3 270M", "gemma")):
+    for model, name in (("SmolLM2-135M", "smollm2"), ("Gemma 3 270M", "gemma")):
         for schedule in gain_laws.SCHEDULES:
             pairs[model][f"{schedule}, new data"] = seeded_pairs(name, schedule, PUBLISHED / "gain_seeds" / name)
     if external is not None:
         (sweep,) = load_sweeps("qwen2.5-7b", external)
-        pairs["Qwen2.5 7B"] = {"alpha = r": pairs_of(fit.curve for fit in sweep.fits if fit.is_inside)}
+        pairs["Qwen2.5-7B"] = {"alpha = r": pairs_of(fit.curve for fit in sweep.fits if fit.is_inside)}
     return {
         model: chosen
         for model, sets in pairs.items()
