@@ -3,12 +3,11 @@
     python benchmarks/advice_constants.py --out results/published/constants
 
 Public sweeps give the exponent in the rank; our models give the displacement constant (``gain_policies``), and our runs
-of SmolLM2-135M and Gemma 3 270M the exponents in the number of steps and of records, and the factor of the schedule.
-The spreads of a pair and of the rank are fitted to pairs of best rates at one gain, every model with the same weight;
-the spread of the gain to our pairs with two gains, since a single public model has such pairs. Coverage is that of the
-stated 90% ranges: of pairs at one gain with the exponent and the spreads that the other models give, of public pairs
-with two gains by constants that none of them gave. Our own pairs with two gains are the only ones that are judged by
-their own spread.
+the exponents in the number of steps and of records, and the factor of the schedule. The spreads of a pair and of the
+rank are fitted to pairs of best rates at one gain, the spread of the gain to our pairs with two gains, since a single
+public model has such pairs; every model has the same weight. Coverage is that of the stated 90% ranges: of pairs at one
+gain with the exponent and the spreads that the other models give, of public pairs with two gains by constants that none
+of them gave. Our own pairs with two gains are the only ones that are judged by their own spread.
 """
 
 import argparse
@@ -173,11 +172,16 @@ def deviations(pairs: Sequence[Pair], spreads: Sequence[float]) -> np.ndarray:
     return np.sqrt(pair**2 + (rank * growths[:, 0]) ** 2 + (gain * growths[:, 1]) ** 2)
 
 
+def model_weights(pairs: Sequence[Pair]) -> np.ndarray:
+    """Return the weight of every pair, of which those of a model sum to 1."""
+    models = [pair.model for pair in pairs]
+    return np.array([1 / models.count(model) for model in models])
+
+
 def fit_spreads(pairs: Sequence[Pair]) -> tuple[float, float]:
     """Fit the spreads of a pair and of the rank to pairs at one gain, every model with the same weight."""
     residuals = np.array([pair.residual for pair in pairs])
-    models = [pair.model for pair in pairs]
-    weights = np.array([1 / models.count(model) for model in models])
+    weights = model_weights(pairs)
 
     def negative_likelihood(logs: np.ndarray) -> float:
         sizes = deviations(pairs, (*np.exp(logs), 0.0))
@@ -188,12 +192,13 @@ def fit_spreads(pairs: Sequence[Pair]) -> tuple[float, float]:
 
 
 def fit_gain_spread(pairs: Sequence[Pair], *, pair: float, rank: float) -> float:
-    """Fit the spread of the gain to pairs with two gains, given the other spreads."""
+    """Fit the spread of the gain to pairs with two gains, given the others, every model with the same weight."""
     residuals = np.array([item.residual for item in pairs])
+    weights = model_weights(pairs)
 
     def negative_likelihood(log: np.ndarray) -> float:
         sizes = deviations(pairs, (pair, rank, float(np.exp(log[0]))))
-        return float(np.sum(0.5 * (residuals / sizes) ** 2 + np.log(sizes)))
+        return float(weights @ (0.5 * (residuals / sizes) ** 2 + np.log(sizes)))
 
     return float(np.exp(minimize(negative_likelihood, np.log([0.1]), method="Nelder-Mead").x[0]))
 
@@ -225,11 +230,20 @@ def longest_pairs() -> pd.DataFrame:
     return longest.groupby(["folder", "rank", "gain"]).tail(1)
 
 
+def small_model_steps_exponent(estimator: str) -> float:
+    """Return the exponent in the steps of the small model at a constant rate, from its fewest to its most steps."""
+    best = pd.read_csv(PUBLISHED / "small_models" / "best.csv").query("schedule == 'constant' and rank == 8")
+    best = best[(best["gain"] == 32) & (best["estimator"] == estimator)]
+    logs = np.log(best["best_rate"]).groupby(best["steps"]).mean()
+    return float((logs.iloc[-1] - logs.iloc[0]) / math.log(logs.index[-1] / logs.index[0]))
+
+
 def steps_exponent() -> tuple[float, float, str]:
     """Return the exponent in the steps: the mean over settings that reach 256 steps, and their standard deviation."""
-    longest = longest_pairs()
-    source = f"{len(longest)} settings of SmolLM2-135M and Gemma 3 270M, to 256 and 1,024 steps, batches of 4"
-    return float(longest["exponent"].mean()), float(longest["exponent"].std()), source
+    exponents = [*longest_pairs()["exponent"], small_model_steps_exponent("three points")]
+    models = "SmolLM2-135M, Gemma 3 270M and a small model"
+    source = f"{len(exponents)} settings of {models}, to 256 and 1,024 steps, batches of 4"
+    return float(np.mean(exponents)), float(np.std(exponents, ddof=1)), source
 
 
 def schedule_factor() -> tuple[float, float, str]:
@@ -268,6 +282,7 @@ def whole_curve_values() -> dict[str, float]:
         for pair in longest_pairs().query("folder == @folder").itertuples():
             change = logs[pair.rank, pair.gain, pair.second] - logs[pair.rank, pair.gain, pair.first]
             exponents.append(change / math.log(pair.second / pair.first))
+    exponents.append(small_model_steps_exponent("whole curve"))
     # Batches: the two pairs of `batch_exponent`.
     large = read_ratios("horizon_batch_32", "batch_size 4")["ratio"].iloc[0]
     small = {}
@@ -345,7 +360,9 @@ def main() -> None:
     constant, constant_spread, constant_source = summarise_displacement_constant()
     law = {"rank_exponent": exponent, "displacement_constant": constant}
     pairs = pairs_of([*public, *ours], **law)
-    at_one_gain, our_models = [pair for pair in pairs if is_at_one_gain(pair)], {rate.model for rate in ours}
+    at_one_gain = [pair for pair in pairs if is_at_one_gain(pair)]
+    our_models = list(dict.fromkeys(rate.model for rate in ours))
+    lowest, highest = (function(rate.gain for rate in ours) for function in (min, max))
     pair_spread, rank_spread = fit_spreads(at_one_gain)
     gain_spread = fit_gain_spread(
         [pair for pair in pairs if pair.model in our_models and not is_at_one_gain(pair)],
@@ -380,7 +397,7 @@ def main() -> None:
             exponent_error,
             rank_source,
         ),
-        ("gain_exponent", 0.0, gain_spread, None, "SmolLM2-135M and Gemma 3 270M, G = 8 to 724"),
+        ("gain_exponent", 0.0, gain_spread, None, f"{', '.join(our_models)}, G = {lowest:g} to {highest:,g}"),
         ("pair", 0.0, pair_spread, None, "public models and ours, pairs at one G"),
         ("steps_exponent", *steps_exponent()[:2], None, steps_exponent()[2]),
         ("batch_exponent", *batch_exponent()[:2], None, batch_exponent()[2]),
