@@ -54,7 +54,7 @@ def displacement_law(constant: float | None = None) -> RateFactor:
     """Return the policy of the displacement law.
 
     Args:
-      constant: Displacement constant K; by default that of the advice, from SmolLM2-135M and Gemma 3 270M.
+      constant: Displacement constant K; by default that of the advice, from our three models.
     """
     chosen = CONSTANTS["displacement_constant"].value if constant is None else constant
 
@@ -111,10 +111,10 @@ ORIGINS: Mapping[str, str] = {
     "G^-0.5": "none",
     "G^-0.75": "the power was chosen after the runs of SmolLM2-135M",
     "first step": "crossing rank of SmolLM2-135M and Gemma 3 270M",
-    "displacement law": "K of SmolLM2-135M and Gemma 3 270M",
-    "law with cross-talk": "K and crossing rank of SmolLM2-135M and Gemma 3 270M",
-    "rora transfer": "K of SmolLM2-135M and Gemma 3 270M; the rank's power of Tinker's models",
-    LEFT_OUT: "K of SmolLM2-135M and Gemma 3 270M; the rank's power of Tinker's other models",
+    "displacement law": "K of our three models",
+    "law with cross-talk": "K of our three models; crossing rank of SmolLM2-135M and Gemma 3 270M",
+    "rora transfer": "K of our three models; the rank's power of Tinker's models",
+    LEFT_OUT: "K of our three models; the rank's power of Tinker's other models",
 }
 """Where the constants of each policy come from."""
 
