@@ -170,7 +170,7 @@ def run_seeds(args: argparse.Namespace) -> None:
         words += ["--axes", f"schedule={setting.schedule}", f"batch_size={setting.batch_size}"]
         steps = [setting.steps]
         if setting.schedule == "constant":
-            steps = [step for step in (*design.read_at, 4096, 16384) if step <= setting.steps]
+            steps = sorted(step for step in {*design.read_at, 4096, 16384} if step <= setting.steps)
         run_sweep(args, args.out / f"seed_{seed}", seed, [*words, "--read-at", *map(str, steps)])
 
 
