@@ -17,10 +17,10 @@ one that ``centres.csv`` has: the best rate of the pilot, carried by G^-0.75, r^
 numbers of steps, the published factors. ``--grid full`` has all settings of a design, ``--grid reduced`` its first, and
 ``--grid finer`` adds two rates a factor of 10^(1/4) from the middle one to the settings that are compared.
 
-``small_long`` has runs of 4,096 steps, and with ``--grid full`` of 16,384, at rank 8 and G = 32 on 12,288 records of code
-and questions. Its rates are a factor of 2 apart around the best ones of ``small`` after 1,024 steps, before the finer
-rates (``predict small_long --pilot results/published/small_models``), lowered so that an unchanged best rate and one
-that falls as T^-0.54 lie inside.
+``small_long`` has runs of 4,096 steps, and with ``--grid full`` of 16,384, at rank 8 and G = 32 on 12,288 records of
+code and questions. Its rates are a factor of 2 apart around the best ones of ``small`` after 1,024 steps, before the
+finer rates (``predict small_long --pilot results/published/small_models``), lowered so that an unchanged best rate and
+one that falls as T^-0.54 lie inside.
 """
 
 import argparse
@@ -35,6 +35,7 @@ import pandas as pd
 
 from rora_theory.advice.constants import CONSTANTS, SCHEDULE_FACTORS
 from rora_theory.laws.displacement import best_rate_factor
+from rora_theory.optimizers import Schedule
 from rora_theory.runs import frames
 from sims import sweep
 
@@ -44,7 +45,7 @@ PILOT_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 RATE_RATIO = math.sqrt(10)
 FINER = (-0.5, 0.5)
 """Rates of ``--grid finer`` around the middle one, as powers of `RATE_RATIO`."""
-SCHEDULES = ("constant", "cosine")
+SCHEDULES: tuple[Schedule, ...] = ("constant", "cosine")
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Setting:
 
     rank: int
     gain: float
-    schedule: str
+    schedule: Schedule
     steps: int
     batch_size: int = 4
 
@@ -89,6 +90,11 @@ class Design:
     rates: int
     seeds: tuple[int, ...]
     rate_ratio: float = RATE_RATIO
+
+    @property
+    def schedules(self) -> tuple[Schedule, ...]:
+        """Schedules of the compared settings."""
+        return tuple(dict.fromkeys(setting.schedule for setting in self.compared))
 
     def steps(self, schedule: str) -> int:
         """Return the number of steps of a schedule's compared settings."""

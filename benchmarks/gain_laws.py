@@ -29,6 +29,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,6 @@ from rora_theory.stats.verdicts import judge_range
 
 REFERENCE = REFERENCE_RANK, REFERENCE_GAIN
 """Rank and G of the setting to which all others are compared."""
-SCHEDULES: tuple[Schedule, ...] = ("constant", "cosine")
 
 STEPS_POLICIES = {"keep the rate": 0.0, "T^-0.25": -0.25, "T^-0.5": -0.5}
 """Exponents in the number of steps whose regret is computed beside that of the advice."""
@@ -141,6 +141,8 @@ def read_curves(folder: Path, design: Design) -> dict[Key, Curve]:
             by_schedule.setdefault(axes.get("schedule", "constant"), []).append(run)
     curves = {}
     for schedule, runs in by_schedule.items():
+        if schedule not in design.schedules:
+            continue
         steps = design.read_at if schedule == "constant" else (design.steps(schedule),)
         for step in steps:
             for curve in curves_at(runs, tokens, step, draws=DRAWS):
@@ -205,14 +207,14 @@ def mixed_rows(best: pd.DataFrame, design: Design) -> tuple[list[dict[str, Any]]
             key = schedule, names[first], names[second]
             ratios[key] = Estimate(value, math.sqrt(max(variance, 0.0)), count, "seeds")
 
-    for schedule in SCHEDULES:
+    for schedule in design.schedules:
         last = design.steps(schedule)
         add(schedule, inner_rates(best, schedule, (last,)), "setting", f"settings after {last} steps")
     # Steps at the reference setting.
     at_reference = best[(best["rank"] == REFERENCE[0]) & np.isclose(best["gain"], REFERENCE[1])]
     add("constant", inner_rates(at_reference, "constant", design.read_at), "steps", "steps at rank 8, G 32")
     # Schedules at the reference setting, where they are compared after the same number of steps.
-    both = pd.concat([inner_rates(at_reference, schedule, (design.steps(schedule),)) for schedule in SCHEDULES])
+    both = pd.concat([inner_rates(at_reference, schedule, (design.steps(schedule),)) for schedule in design.schedules])
     if both["schedule"].nunique() == 2 and both["steps"].nunique() == 1:
         add("cosine", both, "schedule", "schedules at rank 8, G 32")
     return rows, ratios
@@ -244,7 +246,7 @@ def outcome_rows(
 def law_rows(best: pd.DataFrame, predictions: pd.DataFrame, design: Design) -> pd.DataFrame:
     """Return the fit of each law in G to all settings that differ from the reference in G alone."""
     rows = []
-    for schedule in SCHEDULES:
+    for schedule in design.schedules:
         rates = inner_rates(best, schedule, (design.steps(schedule),))
         rates = rates[rates["rank"] == REFERENCE[0]] if len(rates) else rates
         in_gain = predictions[(predictions["schedule"] == schedule) & (predictions["change"] == "G")]
@@ -305,7 +307,7 @@ def steps_regret_rows(curves: Mapping[int, Mapping[Key, Curve]], design: Design)
                 continue
             for policy, exponent in exponents.items():
                 factor = (second / first) ** exponent
-                cost = regret(tuned, target, lambda rate, factor=factor: rate * factor)
+                cost = regret(tuned, target, partial(mul, factor))
                 row: dict[str, Any] = {"seed": seed, "from": f"{first} steps", "to": f"{second} steps"}
                 rows.append(row | {"policy": policy, "tuned_on": tuned_on} | cost.row())
     return pd.DataFrame(rows)

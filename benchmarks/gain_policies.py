@@ -31,7 +31,7 @@ from pathlib import Path
 import gain_laws
 import numpy as np
 import pandas as pd
-from gain_grid import DESIGNS
+from gain_grid import DESIGNS, SCHEDULES
 from sweep_folders import read_curves
 
 from rora_theory.advice.constants import CONSTANTS
@@ -119,11 +119,11 @@ def all_pairs(external: Path | None) -> dict[str, dict[str, list[Pair]]]:
         },
         "Gemma 3 270M": {"constant": published_pairs("horizon_gemma", (64,))},
         "small model": {
-            schedule: seeded_pairs("small", schedule, PUBLISHED / "small_models") for schedule in gain_laws.SCHEDULES
+            schedule: seeded_pairs("small", schedule, PUBLISHED / "small_models") for schedule in SCHEDULES
         },
     }
     for model, name in (("SmolLM2-135M", "smollm2"), ("Gemma 3 270M", "gemma")):
-        for schedule in gain_laws.SCHEDULES:
+        for schedule in SCHEDULES:
             pairs[model][f"{schedule}, new data"] = seeded_pairs(name, schedule, PUBLISHED / "gain_seeds" / name)
     if external is not None:
         (sweep,) = load_sweeps("qwen2.5-7b", external)
