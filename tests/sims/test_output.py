@@ -23,7 +23,7 @@ import figures
 import sims
 from rora_theory.lab.evaluate.accuracies import TaskAccuracy
 from rora_theory.lab.evaluate.scoring import Scoring
-from rora_theory.lab.sweep.analysis import SweepAnalysis
+from rora_theory.lab.sweep.analysis import TABLES
 from rora_theory.lab.sweep.controlled_grid import ControlledGrid
 from rora_theory.measure.rank_check.rules import CheckConfig
 from rora_theory.measure.regimes.module_regime import Regime, RegimeConfig, RegimeRows
@@ -141,9 +141,9 @@ def test_long_words_between_numbers_fold(printed, left, last) -> None:
 
 def test_verdicts_on_comparisons_are_printed_completely(printed) -> None:
     best, comparisons, exponents = published("horizon", "best", "comparisons", "exponents")
-    tables = dict.fromkeys((field.name for field in dataclasses.fields(SweepAnalysis)), pd.DataFrame())
+    empty = dict.fromkeys(TABLES, pd.DataFrame())
     answers.print_answer("The answer.")
-    print_analysis(SweepAnalysis(**tables | {"best": best, "comparisons": comparisons, "exponents": exponents}))
+    print_analysis(empty | {"best": best, "comparisons": comparisons, "exponents": exponents})
     lines = printed()
     title = lines.index("Comparisons, each at its own best rate")
     lines = lines[title : next(i for i, line in enumerate(lines) if line.startswith("Exponents of the best rate"))]
