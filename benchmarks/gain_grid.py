@@ -17,6 +17,11 @@ one that ``centres.csv`` has: the best rate of the pilot, carried by G^-0.75, r^
 numbers of steps, the published factors. ``--grid full`` has all settings of a design, ``--grid reduced`` its first, and
 ``--grid finer`` adds two rates a factor of 10^(1/4) from the middle one to the settings that are compared.
 
+``small_more`` adds to ``small`` the other ranks at every G, ``use_rslora`` at one alpha, and with ``--grid full``
+larger batches. Its rates are a factor of 10^(1/4) apart around the best ones of ``small``, which were known
+(``predict small_more --pilot results/published/small_models``). ``medium`` has the settings of rank 8 for a larger
+model.
+
 ``small_long`` has runs of 4,096 steps, and with ``--grid full`` of 16,384, at rank 8 and G = 32 on 12,288 records of
 code and questions. Its rates are a factor of 2 apart around the best ones of ``small`` after 1,024 steps, before the
 finer rates (``predict small_long --pilot results/published/small_models``), lowered so that an unchanged best rate and
@@ -26,7 +31,8 @@ one that falls as T^-0.54 lie inside.
 import argparse
 import itertools
 import math
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +49,7 @@ REFERENCE_RANK, REFERENCE_GAIN = 8, 32.0
 PILOT_SEED = 99
 PILOT_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 RATE_RATIO = math.sqrt(10)
+EXPONENTS = ("rank_exponent", "batch_exponent")
 FINER = (-0.5, 0.5)
 """Rates of ``--grid finer`` around the middle one, as powers of `RATE_RATIO`."""
 SCHEDULES: tuple[Schedule, ...] = ("constant", "cosine")
@@ -65,6 +72,12 @@ class Setting:
     schedule: Schedule
     steps: int
     batch_size: int = 4
+
+    @property
+    def name(self) -> str:
+        """Rank, G and an unusual batch size, as the tables write them."""
+        batch = "" if self.batch_size == 4 else f", batch {self.batch_size}"
+        return f"rank {self.rank}, G {self.gain:g}{batch}"
 
 
 @dataclass(frozen=True)
@@ -106,31 +119,26 @@ SMALL_REDUCED = tuple(
     for schedule in SCHEDULES
     for rank, gain in ((8, 32.0), (8, 4.0), (8, 256.0), (8, 2048.0), (2, 32.0), (64, 32.0))
 )
-SMALL_MORE = (
-    *(
-        Setting(rank, gain, schedule, 1024)
-        for schedule in SCHEDULES
-        for rank in (2, 64)
-        for gain in (4.0, 256.0, 2048.0)
-    ),
-    *(
-        Setting(rank, gain, schedule, steps)
-        for steps in (4096, 16384)
-        for schedule in SCHEDULES
-        for rank in (8, 64)
-        for gain in (4.0, 32.0, 256.0)
-    ),
-    *(Setting(8, 32.0, schedule, 1024, batch_size=batch) for schedule in SCHEDULES for batch in (16, 64)),
-    # use_rslora at alpha 32 beside alpha / r: G = 32 sqrt(r). At rank 64 that is G = 256, which is above.
-    *(Setting(rank, 32.0 * math.sqrt(rank), schedule, 1024) for schedule in SCHEDULES for rank in (2, 8)),
+RANKS = tuple(
+    Setting(rank, gain, schedule, 1024) for schedule in SCHEDULES for rank in (2, 64) for gain in (4.0, 256.0, 2048.0)
 )
+RSLORA_GAINS = {rank: 32.0 * math.sqrt(rank) for rank in (8, 2, 64)}
+"""G of use_rslora at alpha 32 by rank. That of rank 64 is 256, which is among the settings of `RANKS`."""
+
+RSLORA = tuple(Setting(rank, RSLORA_GAINS[rank], schedule, 1024) for schedule in SCHEDULES for rank in (8, 2))
+BATCHES = tuple(Setting(8, 32.0, "constant", 1024, batch_size=size) for size in (16, 64))
 LONG = (Setting(8, 32.0, "constant", 4096),)
 LONGER = (Setting(8, 32.0, "constant", 16384), Setting(8, 32.0, "cosine", 4096))
+AT_RANK_8 = tuple(setting for setting in SMALL_REDUCED if setting.rank == REFERENCE_RANK)
 GAINS = tuple(Setting(8, gain, "constant", 64) for gain in (32.0, 4.0, 256.0, 2048.0))
 DECAY = tuple(Setting(8, gain, "cosine", 256) for gain in (32.0, 256.0))
 DESIGNS = {
-    "small": Design(
-        "gain_grid_small.yaml", SMALL_REDUCED, SMALL_MORE, SMALL_REDUCED, (64, 256, 1024), 5, (0, 1, 2, 3, 4)
+    "small": Design("gain_grid_small.yaml", SMALL_REDUCED, (), SMALL_REDUCED, (64, 256, 1024), 5, (0, 1, 2, 3, 4)),
+    "small_more": Design(
+        "gain_grid_small.yaml", (*RSLORA, *RANKS), BATCHES, RANKS, (1024,), 5, (0, 1, 2), rate_ratio=10 ** (1 / 4)
+    ),
+    "medium": Design(
+        "gain_grid_small.yaml", AT_RANK_8, (), AT_RANK_8, (64, 256, 1024), 5, (0, 1, 2), rate_ratio=10 ** (3 / 8)
     ),
     "small_long": Design(
         "gain_grid_long.yaml", LONG, LONGER, LONG, (64, 256, 1024, 4096, 16384), 6, (0, 1, 2), rate_ratio=2.0
@@ -221,6 +229,71 @@ def predict_steps(args: argparse.Namespace) -> None:
     (args.out / "predictions.csv").write_text(frames.to_csv(pd.DataFrame(rows)))
 
 
+def predict_more(args: argparse.Namespace) -> None:
+    """Write the rates of ``small_more`` and its predictions, from ``small``."""
+    design = DESIGNS[args.design]
+    best = pd.read_csv(args.pilot / "best.csv").query("estimator == 'three points' and steps == 1024 and rank == 8")
+    best = best.assign(log=np.log(best["best_rate"])).groupby(["schedule", "gain"])["log"].mean()
+    pilot = pd.read_csv(args.pilot / "pilot.csv").set_index("quantity")["value"]
+    names = ("", ", smallest", ", largest")
+    constants = [float(pilot["displacement constant" + name]) for name in names]
+    in_gain = {f"displacement law, K {constants[0]:.0f} of the pilot": constants}
+    in_gain["displacement law, K of the advice"] = [CONSTANTS["displacement_constant"].value]
+    rank, batch = ((c.value, c.value - c.spread, c.value + c.spread) for c in map(CONSTANTS.get, EXPONENTS))
+
+    rows = []
+    for setting in design.reduced + design.more:
+        # From the nearest G that was run at rank 8.
+        gain = min(best[setting.schedule].index, key=lambda gain: abs(math.log(gain / setting.gain)))
+        rate = math.exp(best[setting.schedule, gain]) * (setting.rank / REFERENCE_RANK) ** rank[0]
+        rate *= best_rate_factor(gain, setting.gain, displacement_constant=constants[0])
+        rows.append(vars(setting) | {"rate": rate * (setting.batch_size / 4) ** batch[0]})
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "centres.csv").write_text(frames.to_csv(pd.DataFrame(rows)))
+
+    rows = []
+    for change, first, second in more_comparisons():
+        ranks, batches = second.rank / first.rank, second.batch_size / first.batch_size
+        laws: dict[str, list[float]] = {"keep the rate": [1.0]}
+        in_rank = [ranks**power for power in rank]
+        if first.gain != second.gain:
+            for law, values in in_gain.items():
+                factors = [best_rate_factor(first.gain, second.gain, displacement_constant=K) for K in values]
+                laws[f"{law}, r^0.15"] = products(factors, in_rank)
+            for exponent in (0.75, 0.5, 1.0):
+                factor = (first.gain / second.gain) ** exponent
+                laws |= {f"G^-{exponent:g}, r^0.15": products([factor], in_rank), f"G^-{exponent:g}": [factor]}
+        elif ranks != 1:
+            laws["r^0.15"] = in_rank
+        else:
+            laws |= {f"B^{batch[0]:.2f}": [batches**power for power in batch], "B^0.5": [math.sqrt(batches)]}
+        for law, values in laws.items():
+            row = {"schedule": second.schedule, "change": change, "from": first.name, "to": second.name, "law": law}
+            rows.append(row | {"prediction": values[0], "low": min(values), "high": max(values)})
+    (args.out / "predictions.csv").write_text(frames.to_csv(pd.DataFrame(rows)))
+    shutil.copy(args.pilot / "pilot.csv", args.out / "pilot.csv")
+    print(f"{len(rows)} predictions")
+
+
+def products(first: list[float], second: list[float]) -> list[float]:
+    """Return the product of two middle values, which come first, and those of all their bounds."""
+    return [a * b for a, b in itertools.product(first, second)]
+
+
+def more_comparisons() -> list[tuple[str, Setting, Setting]]:
+    """Return what changes and both settings of every comparison of ``small_more``."""
+    comparisons = []
+    for setting in RANKS:
+        at_rank_8 = replace(setting, rank=REFERENCE_RANK)
+        comparisons.append(("rank at one G", at_rank_8, setting))
+        comparisons.append(("rank and G", replace(at_rank_8, gain=REFERENCE_GAIN), setting))
+    for schedule, rank in itertools.product(SCHEDULES, (2, 64)):
+        settings = (Setting(r, RSLORA_GAINS[r], schedule, 1024) for r in (REFERENCE_RANK, rank))
+        comparisons.append(("use_rslora", *settings))
+    comparisons += [("batch", replace(setting, batch_size=4), setting) for setting in BATCHES]
+    return comparisons
+
+
 def step_predictions(read_at: tuple[int, ...], more: dict[str, float]) -> list[dict[str, Any]]:
     """Return predicted ratios of best constant rates after two numbers of steps, by law."""
     steps = CONSTANTS["steps_exponent"]
@@ -252,13 +325,18 @@ def predict(args: argparse.Namespace) -> None:
         rows.append(row | {"low": min(values), "high": max(values)})
 
     for setting in design.compared:
-        place = f"rank {REFERENCE_RANK}, G {REFERENCE_GAIN:g}", f"rank {setting.rank}, G {setting.gain:g}"
+        place = Setting(REFERENCE_RANK, REFERENCE_GAIN, setting.schedule, setting.steps).name, setting.name
         if setting.gain != REFERENCE_GAIN:
             displaced = [
                 best_rate_factor(REFERENCE_GAIN, setting.gain, displacement_constant=constant)
                 for constant in (middle, low, high)
             ]
             add(setting.schedule, "G", *place, "displacement law, c = 1", displaced)
+            if args.design == "medium":
+                factor = best_rate_factor(
+                    REFERENCE_GAIN, setting.gain, displacement_constant=CONSTANTS["displacement_constant"].value
+                )
+                add(setting.schedule, "G", *place, "displacement law, K of the advice", [factor])
             for law, exponent in (("G^-0.75", 0.75), ("square root", 0.5), ("first step", 1.0)):
                 add(setting.schedule, "G", *place, law, [(REFERENCE_GAIN / setting.gain) ** exponent])
         if setting.rank != REFERENCE_RANK:
@@ -290,7 +368,8 @@ def main() -> None:
     parser.add_argument("--grid", choices=("reduced", "full", "finer"), default="reduced")
     parser.add_argument("--seeds", type=int, nargs="+", help="by default all of the design")
     args = parser.parse_args()
-    works = {"pilot": pilot, "predict": predict_steps if args.design == "small_long" else predict, "run": run_seeds}
+    predictions = {"small_long": predict_steps, "small_more": predict_more}
+    works = {"pilot": pilot, "predict": predictions.get(args.design, predict), "run": run_seeds}
     works[args.work](args)
 
 
