@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from scipy.optimize import minimize
+from sweep_folders import exponent_in_steps, mean_best_rates
 
 from rora_theory.advice.best_rate import QUANTILE
 from rora_theory.evidence.policies import LEFT_OUT, policies_for
@@ -231,11 +232,8 @@ def longest_pairs() -> pd.DataFrame:
 
 
 def small_model_steps_exponent(estimator: str) -> float:
-    """Return the exponent in the steps of the small model at a constant rate, from its fewest to its most steps."""
-    best = pd.read_csv(PUBLISHED / "small_models" / "best.csv").query("schedule == 'constant' and rank == 8")
-    best = best[(best["gain"] == 32) & (best["estimator"] == estimator)]
-    logs = np.log(best["best_rate"]).groupby(best["steps"]).mean()
-    return float((logs.iloc[-1] - logs.iloc[0]) / math.log(logs.index[-1] / logs.index[0]))
+    """Return the exponent in the steps of the small model at rank 8, G = 32 and a constant rate."""
+    return exponent_in_steps(mean_best_rates(PUBLISHED / "small_models", estimator)[8, 32.0, "constant"])
 
 
 def steps_exponent() -> tuple[float, float, str]:

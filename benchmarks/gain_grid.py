@@ -38,6 +38,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from sweep_folders import exponent_in_steps, mean_best_rates
 
 from rora_theory.advice.constants import CONSTANTS, SCHEDULE_FACTORS
 from rora_theory.laws.displacement import best_rate_factor
@@ -186,7 +187,7 @@ def run_seeds(args: argparse.Namespace) -> None:
         words += ["--axes", f"schedule={setting.schedule}", f"batch_size={setting.batch_size}"]
         steps = [setting.steps]
         if setting.schedule == "constant":
-            steps = sorted(step for step in {*design.read_at, 4096, 16384} if step <= setting.steps)
+            steps = [step for step in design.read_at if step <= setting.steps]
         run_sweep(args, args.out / f"seed_{seed}", seed, [*words, "--read-at", *map(str, steps)])
 
 
@@ -206,25 +207,15 @@ def read_pilot(folder: Path, steps: int) -> tuple[float, tuple[float, float, flo
     return float(rate), (float(constants["constant"].median()), float(lowest), float(highest))
 
 
-def best_after_shorter_runs(folder: Path, steps: int) -> pd.Series:
-    """Return the best rate at the reference setting by schedule, the geometric mean over a design's seeds."""
-    best = pd.read_csv(folder / "best.csv").query("estimator == 'three points'")
-    best = best[best["steps"] == steps]
-    at_reference = best[(best["rank"] == REFERENCE_RANK) & (best["gain"] == REFERENCE_GAIN)]
-    return np.exp(np.log(at_reference["best_rate"]).groupby(at_reference["schedule"]).mean())
-
-
 def predict_steps(args: argparse.Namespace) -> None:
     """Write the rates of ``small_long`` and its predictions, from ``small``."""
     design, tuned_steps = DESIGNS[args.design], DESIGNS["small"].steps("constant")
-    best = best_after_shorter_runs(args.pilot, tuned_steps)
+    best = mean_best_rates(args.pilot)[REFERENCE_RANK, REFERENCE_GAIN]
     settings = design.reduced + design.more
-    rows = [vars(setting) | {"rate": best[setting.schedule] / math.sqrt(2)} for setting in settings]
+    rows = [vars(setting) | {"rate": best[setting.schedule, tuned_steps] / math.sqrt(2)} for setting in settings]
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "centres.csv").write_text(frames.to_csv(pd.DataFrame(rows)))
-    shortest = DESIGNS["small"].read_at[0]
-    change = best["constant"] / best_after_shorter_runs(args.pilot, shortest)["constant"]
-    own = math.log(change) / math.log(tuned_steps / shortest)
+    own = exponent_in_steps(best["constant"])
     rows = step_predictions(design.read_at, {f"T^{own:.2f}, own to {tuned_steps:,} steps": own})
     (args.out / "predictions.csv").write_text(frames.to_csv(pd.DataFrame(rows)))
 
@@ -232,20 +223,20 @@ def predict_steps(args: argparse.Namespace) -> None:
 def predict_more(args: argparse.Namespace) -> None:
     """Write the rates of ``small_more`` and its predictions, from ``small``."""
     design = DESIGNS[args.design]
-    best = pd.read_csv(args.pilot / "best.csv").query("estimator == 'three points' and steps == 1024 and rank == 8")
-    best = best.assign(log=np.log(best["best_rate"])).groupby(["schedule", "gain"])["log"].mean()
+    best = mean_best_rates(args.pilot)[REFERENCE_RANK].xs(1024, level="steps")
     pilot = pd.read_csv(args.pilot / "pilot.csv").set_index("quantity")["value"]
     names = ("", ", smallest", ", largest")
     constants = [float(pilot["displacement constant" + name]) for name in names]
     in_gain = {f"displacement law, K {constants[0]:.0f} of the pilot": constants}
     in_gain["displacement law, K of the advice"] = [CONSTANTS["displacement_constant"].value]
-    rank, batch = ((c.value, c.value - c.spread, c.value + c.spread) for c in map(CONSTANTS.get, EXPONENTS))
+    rank, batch = ((c.value, c.value - c.spread, c.value + c.spread) for c in map(CONSTANTS.__getitem__, EXPONENTS))
 
     rows = []
     for setting in design.reduced + design.more:
         # From the nearest G that was run at rank 8.
-        gain = min(best[setting.schedule].index, key=lambda gain: abs(math.log(gain / setting.gain)))
-        rate = math.exp(best[setting.schedule, gain]) * (setting.rank / REFERENCE_RANK) ** rank[0]
+        tuned = best.xs(setting.schedule, level="schedule")
+        gain = min(tuned.index, key=lambda gain: abs(math.log(gain / setting.gain)))
+        rate = tuned[gain] * (setting.rank / REFERENCE_RANK) ** rank[0]
         rate *= best_rate_factor(gain, setting.gain, displacement_constant=constants[0])
         rows.append(vars(setting) | {"rate": rate * (setting.batch_size / 4) ** batch[0]})
     args.out.mkdir(parents=True, exist_ok=True)
@@ -288,8 +279,8 @@ def more_comparisons() -> list[tuple[str, Setting, Setting]]:
         comparisons.append(("rank at one G", at_rank_8, setting))
         comparisons.append(("rank and G", replace(at_rank_8, gain=REFERENCE_GAIN), setting))
     for schedule, rank in itertools.product(SCHEDULES, (2, 64)):
-        settings = (Setting(r, RSLORA_GAINS[r], schedule, 1024) for r in (REFERENCE_RANK, rank))
-        comparisons.append(("use_rslora", *settings))
+        old, new = (Setting(r, RSLORA_GAINS[r], schedule, 1024) for r in (REFERENCE_RANK, rank))
+        comparisons.append(("use_rslora", old, new))
     comparisons += [("batch", replace(setting, batch_size=4), setting) for setting in BATCHES]
     return comparisons
 
@@ -333,10 +324,9 @@ def predict(args: argparse.Namespace) -> None:
             ]
             add(setting.schedule, "G", *place, "displacement law, c = 1", displaced)
             if args.design == "medium":
-                factor = best_rate_factor(
-                    REFERENCE_GAIN, setting.gain, displacement_constant=CONSTANTS["displacement_constant"].value
-                )
-                add(setting.schedule, "G", *place, "displacement law, K of the advice", [factor])
+                K = CONSTANTS["displacement_constant"].value
+                by_advice = best_rate_factor(REFERENCE_GAIN, setting.gain, displacement_constant=K)
+                add(setting.schedule, "G", *place, "displacement law, K of the advice", [by_advice])
             for law, exponent in (("G^-0.75", 0.75), ("square root", 0.5), ("first step", 1.0)):
                 add(setting.schedule, "G", *place, law, [(REFERENCE_GAIN / setting.gain) ** exponent])
         if setting.rank != REFERENCE_RANK:

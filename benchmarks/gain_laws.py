@@ -3,8 +3,9 @@
     python benchmarks/gain_laws.py small --out results/published/small_models
 
 The folder has a run folder for each seed from ``benchmarks/gain_grid.py``, each with records of its own, and
-``predictions.csv``, which is older than the runs. A seed counts for a setting if all its rates have finished. Settings
-of a schedule are compared after the number of steps that the design has for it.
+``predictions.csv``, which is older than the runs. ``--runs`` names folders with further runs of the seeds: for
+``small_more`` those of ``small``, to whose settings it is compared. A seed counts for a setting if all its rates have
+finished. Settings of a schedule are compared after the number of steps that the design has for it.
 
 - ``best.csv`` has the best rate of each setting and seed, by the quadratic through the whole curve and by the parabola
   through the lowest loss and its neighbours, with the error over the held-out records. Verdicts rest on the whole
@@ -16,9 +17,11 @@ of a schedule are compared after the number of steps that the design has for it.
   rivals. Two seeds or fewer decide nothing.
 - ``laws.csv`` compares the laws as wholes: the same model with one free level and the law's ratios, by maximum
   likelihood, with its AIC.
-- ``regret.csv`` has what each policy costs in nats per token: the rate that the other seeds tuned at the reference
-  setting, carried to each setting of one seed. With a single seed it is tuned on that seed, and ``tuned_on`` says so.
-- ``policies.csv`` has the mean over seeds for each setting, and over all settings of a schedule with another G.
+- ``regret.csv`` has what each policy costs in nats per token: the rate that the other seeds tuned at the first setting
+  of a predicted ratio, carried to the second one of one seed. With a single seed it is tuned on that seed, and
+  ``tuned_on`` says so. A policy that gives the same rate as an earlier one has no row.
+- ``policies.csv`` has the mean over seeds for each pair of settings, and over all pairs of a schedule in which the same
+  changes.
 - ``steps_policies.csv`` has the mean regret over seeds of powers of the number of steps: the constant rate that the
   other seeds tuned at the reference setting after fewer steps, carried to more.
 """
@@ -36,14 +39,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import scipy
-from gain_grid import DESIGNS, REFERENCE_GAIN, REFERENCE_RANK, Design
+from gain_grid import DESIGNS, REFERENCE_GAIN, REFERENCE_RANK, Design, Setting
 from jaxtyping import Float
 from sweep_folders import DRAWS, mean_regrets
 
 from rora_theory.advice.best_rate import Run
 from rora_theory.advice.constants import CONSTANTS
+from rora_theory.evidence.policies import RateFactor, displacement_law, power_of_gain, with_rank
 from rora_theory.lab.sweep.curves import curves_at
-from rora_theory.lab.sweep.regret import policies
+from rora_theory.lab.sweep.regret import RatePolicy, policies
 from rora_theory.lab.sweep.runs import SweepRun, read_runs, read_tokens
 from rora_theory.optimizers import Schedule
 from rora_theory.runs import frames
@@ -53,14 +57,14 @@ from rora_theory.stats.rate_curves import Curve
 from rora_theory.stats.regret import regret
 from rora_theory.stats.verdicts import judge_range
 
-REFERENCE = REFERENCE_RANK, REFERENCE_GAIN
-"""Rank and G of the setting to which all others are compared."""
-
 STEPS_POLICIES = {"keep the rate": 0.0, "T^-0.25": -0.25, "T^-0.5": -0.5}
 """Exponents in the number of steps whose regret is computed beside that of the advice."""
 
-Key = tuple[Schedule, int, int, float]
-"""Schedule, number of steps, rank and G."""
+REFERENCE = Setting(REFERENCE_RANK, REFERENCE_GAIN, "constant", 1024).name
+"""Rank and G of the setting to which all others are compared."""
+
+Curves = Mapping[Setting, Curve]
+"""Loss curves of a seed."""
 
 
 @dataclass(frozen=True)
@@ -131,40 +135,42 @@ def fit_mixed(
     return MixedFit(effects, covariance, float(best.x[0]), float(best.x[1]), -deviance / 2)
 
 
-def read_curves(folder: Path, design: Design) -> dict[Key, Curve]:
+def read_curves(folder: Path, design: Design) -> dict[Setting, Curve]:
     """Return the curves of a seed's folder that have all rates."""
     tokens = next(iter(read_tokens(folder).values()))[0]
-    by_schedule: dict[Schedule, list[SweepRun]] = {}
+    groups: dict[tuple[Schedule, int], list[SweepRun]] = {}
     for run in read_runs(folder):
         axes = dict(run.axes)
-        if axes.get("batch_size", 4) == 4:
-            by_schedule.setdefault(axes.get("schedule", "constant"), []).append(run)
+        groups.setdefault((axes.get("schedule", "constant"), axes.get("batch_size", 4)), []).append(run)
     curves = {}
-    for schedule, runs in by_schedule.items():
+    for (schedule, batch_size), runs in groups.items():
         if schedule not in design.schedules:
             continue
-        steps = design.read_at if schedule == "constant" else (design.steps(schedule),)
-        for step in steps:
-            for curve in curves_at(runs, tokens, step, draws=DRAWS):
+        for steps in design.read_at if schedule == "constant" else (design.steps(schedule),):
+            for curve in curves_at(runs, tokens, steps, draws=DRAWS):
                 if len(curve.rates) >= design.rates:
-                    curves[schedule, step, curve.rank, round(curve.gain, 6)] = curve
+                    curves[Setting(curve.rank, round(curve.gain, 6), schedule, steps, batch_size)] = curve
     return curves
 
 
-def name_of(rank: int, gain: float) -> str:
-    """Return the setting as ``predictions.csv`` writes it."""
-    return f"rank {rank}, G {gain:g}"
+def read_seeds(folders: Sequence[Path], design: Design) -> dict[int, dict[Setting, Curve]]:
+    """Return the curves of every seed in its run folders."""
+    curves: dict[int, dict[Setting, Curve]] = {}
+    for folder in folders:
+        for path in folder.glob("seed_*"):
+            curves.setdefault(int(path.name.split("_")[1]), {}).update(read_curves(path, design))
+    return dict(sorted(curves.items()))
 
 
-def best_rows(curves: Mapping[int, Mapping[Key, Curve]]) -> pd.DataFrame:
+def best_rows(curves: Mapping[int, Curves]) -> pd.DataFrame:
     """Return the best rate of every setting and seed by both estimators."""
     rows = []
     for seed, by_key in curves.items():
-        for (schedule, step, rank, gain), curve in by_key.items():
+        for setting, curve in by_key.items():
             estimates = {"whole curve": whole_curve_log2_rates((1.0,), curve), "three points": curve.log2_optimum}
             for name, logs in estimates.items():
-                row: dict[str, Any] = {"estimator": name, "seed": seed, "schedule": schedule, "steps": step}
-                row |= {"rank": rank, "gain": gain, "best_rate": 2**logs.value, "log2_error": logs.known_error}
+                row = {"estimator": name, "seed": seed} | vars(setting) | {"setting": setting.name}
+                row |= {"best_rate": 2**logs.value, "log2_error": logs.known_error}
                 rows.append(row | {"edge": curve.edge, "lowest_loss": float(curve.losses.min())})
     return pd.DataFrame(rows)
 
@@ -172,7 +178,7 @@ def best_rows(curves: Mapping[int, Mapping[Key, Curve]]) -> pd.DataFrame:
 def inner_rates(best: pd.DataFrame, schedule: str, steps: Sequence[int]) -> pd.DataFrame:
     """Return the best rates of a schedule inside their grids."""
     chosen = best[(best["schedule"] == schedule) & best["steps"].isin(steps) & (best["edge"].fillna("") == "")]
-    return chosen.assign(log2=np.log2(chosen["best_rate"]), setting=list(map(name_of, chosen["rank"], chosen["gain"])))
+    return chosen.assign(log2=np.log2(chosen["best_rate"]))
 
 
 def fit_effects(rates: pd.DataFrame) -> tuple[list[str], MixedFit]:
@@ -211,7 +217,7 @@ def mixed_rows(best: pd.DataFrame, design: Design) -> tuple[list[dict[str, Any]]
         last = design.steps(schedule)
         add(schedule, inner_rates(best, schedule, (last,)), "setting", f"settings after {last} steps")
     # Steps at the reference setting.
-    at_reference = best[(best["rank"] == REFERENCE[0]) & np.isclose(best["gain"], REFERENCE[1])]
+    at_reference = best[best["setting"] == REFERENCE]
     add("constant", inner_rates(at_reference, "constant", design.read_at), "steps", "steps at rank 8, G 32")
     # Schedules at the reference setting, where they are compared after the same number of steps.
     both = pd.concat([inner_rates(at_reference, schedule, (design.steps(schedule),)) for schedule in design.schedules])
@@ -248,12 +254,10 @@ def law_rows(best: pd.DataFrame, predictions: pd.DataFrame, design: Design) -> p
     rows = []
     for schedule in design.schedules:
         rates = inner_rates(best, schedule, (design.steps(schedule),))
-        rates = rates[rates["rank"] == REFERENCE[0]] if len(rates) else rates
+        rates = rates[rates["rank"] == REFERENCE_RANK] if len(rates) else rates
         in_gain = predictions[(predictions["schedule"] == schedule) & (predictions["change"] == "G")]
         for law, ratios in in_gain.groupby("law", sort=False):
-            by_setting = dict(zip(ratios["to"], np.log2(ratios["prediction"]), strict=True)) | {
-                name_of(*REFERENCE): 0.0
-            }
+            by_setting = dict(zip(ratios["to"], np.log2(ratios["prediction"]), strict=True)) | {REFERENCE: 0.0}
             known = rates[rates["setting"].isin(by_setting)] if len(rates) else rates
             if len(known) < 2:
                 continue
@@ -266,25 +270,52 @@ def law_rows(best: pd.DataFrame, predictions: pd.DataFrame, design: Design) -> p
     return pd.DataFrame(rows)
 
 
-def regret_rows(curves: Mapping[int, Mapping[Key, Curve]], constant: float, design: Design) -> pd.DataFrame:
-    """Return the regret of every policy from the reference setting to each other one, by seed."""
+def regret_rows(
+    curves: Mapping[int, Curves], predictions: pd.DataFrame, constant: float, design: Design
+) -> pd.DataFrame:
+    """Return the regret of every policy for each predicted ratio of two settings, by seed."""
     rows = []
-    for seed, by_key in curves.items():
-        for (schedule, step, rank, gain), target in by_key.items():
-            if step != design.steps(schedule) or (rank, gain) == REFERENCE:
+    pairs = predictions[predictions["from"].str.startswith("rank")].drop_duplicates(["schedule", "from", "to"])
+    for (seed, by_setting), pair in itertools.product(curves.items(), pairs.to_dict("records")):
+        steps = design.steps(pair["schedule"])
+        compared = {key.name: key for key in by_setting if (key.schedule, key.steps) == (pair["schedule"], steps)}
+        if not {pair["from"], pair["to"]} <= set(compared):
+            continue
+        old, new = compared[pair["from"]], compared[pair["to"]]
+        tuned, tuned_on = tuned_elsewhere(curves, seed, old)
+        target = by_setting[new]
+        if tuned is None or target.edge:
+            continue
+        old_run, new_run = (Run(key.rank, key.gain, steps, batch_size=key.batch_size) for key in (old, new))
+        seen: list[float] = []
+        for policy, rate_of in carrying_policies(steps, constant).items():
+            factor = rate_of(old_run, new_run, 1.0)
+            if any(math.isclose(factor, other) for other in seen):
                 continue
-            pooled, tuned_on = tuned_elsewhere(curves, seed, (schedule, step, *REFERENCE))
-            if pooled is None or target.edge:
-                continue
-            old, new = Run(*REFERENCE, step), Run(rank, gain, step)
-            for policy, rate_of in policies({step: constant}).items():
-                cost = regret(pooled, target, partial(rate_of, old, new))
-                row: dict[str, Any] = {"seed": seed, "schedule": schedule, "to": name_of(rank, gain), "policy": policy}
-                rows.append(row | {"tuned_on": tuned_on} | cost.row())
+            seen.append(factor)
+            row = {"seed": seed} | {name: pair[name] for name in ("schedule", "change", "from", "to")}
+            cost = regret(tuned, target, partial(mul, factor))
+            rows.append(row | {"policy": policy, "tuned_on": tuned_on} | cost.row())
     return pd.DataFrame(rows)
 
 
-def tuned_elsewhere(curves: Mapping[int, Mapping[Key, Curve]], seed: int, setting: Key) -> tuple[Curve | None, str]:
+def carrying_policies(steps: int, constant: float) -> dict[str, RatePolicy]:
+    """Return the policies of the sweeps, those in G with the power law of the rank, and the root of the batch size."""
+    by_name = policies({steps: constant})
+    del by_name["displacement and steps"]  # no number of steps changes here
+    rank_exponent = CONSTANTS["rank_exponent"].value
+
+    def with_rank_policy(law: RateFactor) -> RatePolicy:
+        factor = with_rank(law, rank_exponent)
+        return lambda old, new, rate: rate * factor(old.rank, old.gain, new.rank, new.gain)
+
+    by_name["displacement, r^0.15"] = with_rank_policy(displacement_law(constant))
+    by_name["G^-0.75, r^0.15"] = with_rank_policy(power_of_gain(-0.75))
+    by_name["B^0.5"] = lambda old, new, rate: rate * math.sqrt((new.batch_size or 4) / (old.batch_size or 4))
+    return by_name
+
+
+def tuned_elsewhere(curves: Mapping[int, Curves], seed: int, setting: Setting) -> tuple[Curve | None, str]:
     """Return the curve of a setting over the other seeds, or of this seed if there is no other; None at an edge."""
     others = [keys[setting] for other, keys in curves.items() if other != seed and setting in keys]
     tuned_on = "other seeds" if others else "this seed"
@@ -295,14 +326,15 @@ def tuned_elsewhere(curves: Mapping[int, Mapping[Key, Curve]], seed: int, settin
     return replace(tuned[0], losses=losses, resampled=None, seeds=tuple(range(len(tuned)))), tuned_on
 
 
-def steps_regret_rows(curves: Mapping[int, Mapping[Key, Curve]], design: Design) -> pd.DataFrame:
+def steps_regret_rows(curves: Mapping[int, Curves], design: Design) -> pd.DataFrame:
     """Return the regret of every power of the number of steps at the reference setting, by seed."""
     exponents = STEPS_POLICIES | {"advice": CONSTANTS["steps_exponent"].value}
     rows = []
     for seed, by_key in curves.items():
         for first, second in itertools.combinations(design.read_at, 2):
-            tuned, tuned_on = tuned_elsewhere(curves, seed, ("constant", first, *REFERENCE))
-            target = by_key.get(("constant", second, *REFERENCE))
+            old, new = (Setting(REFERENCE_RANK, REFERENCE_GAIN, "constant", steps) for steps in (first, second))
+            tuned, tuned_on = tuned_elsewhere(curves, seed, old)
+            target = by_key.get(new)
             if tuned is None or target is None or target.edge:
                 continue
             for policy, exponent in exponents.items():
@@ -318,15 +350,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("design", choices=tuple(DESIGNS))
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--runs", type=Path, help="folder with the seeds' run folders; by default --out")
+    parser.add_argument("--runs", type=Path, nargs="+", default=[], help="folders with further runs of the seeds")
     args = parser.parse_args()
     design = DESIGNS[args.design]
-    folders = sorted((args.runs or args.out).glob("seed_*"), key=lambda path: int(path.name.split("_")[1]))
-    curves = {int(folder.name.split("_")[1]): read_curves(folder, design) for folder in folders}
+    curves = read_seeds([*args.runs, args.out], design)
     predictions = pd.read_csv(args.out / "predictions.csv")
     all_best = best_rows(curves)
     at_edge = all_best[all_best["edge"].fillna("") != ""]
-    edges = {(row["schedule"], name_of(row["rank"], row["gain"])) for row in at_edge.to_dict("records")}
+    edges = set(zip(at_edge["schedule"], at_edge["setting"], strict=True))
     mixed: list[pd.DataFrame] = []
     outcomes: list[pd.DataFrame] = []
     laws: list[pd.DataFrame] = []
@@ -346,10 +377,9 @@ def main() -> None:
         constant = float(
             pd.read_csv(args.out / "pilot.csv").set_index("quantity").loc["displacement constant", "value"]
         )
-        costs = regret_rows(curves, constant, design)
-        in_gain = costs[~costs["to"].str.endswith(f"G {REFERENCE_GAIN:g}")]
-        by = ["schedule", "to", "policy"]
-        averages = pd.concat([mean_regrets(costs, by), mean_regrets(in_gain, ["schedule", "policy"])])
+        costs = regret_rows(curves, predictions, constant, design)
+        by = ["schedule", "change", "from", "to", "policy"]
+        averages = pd.concat([mean_regrets(costs, by), mean_regrets(costs, ["schedule", "change", "policy"])])
         tables |= {"laws": pd.concat(laws), "regret": costs, "policies": averages}
     if len(design.read_at) > 1:
         tables["steps_policies"] = mean_regrets(steps_regret_rows(curves, design), ["from", "to", "policy"])

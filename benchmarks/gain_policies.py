@@ -102,7 +102,7 @@ def seeded_pairs(design: str, schedule: str, folder: Path) -> list[Pair]:
     for seed in sorted(folder.glob("seed_*")):
         curves = gain_laws.read_curves(seed, DESIGNS[design])
         last = DESIGNS[design].steps(schedule)
-        pairs += pairs_of(curve for key, curve in curves.items() if key[:2] == (schedule, last))
+        pairs += pairs_of(curve for key, curve in curves.items() if (key.schedule, key.steps) == (schedule, last))
     return pairs
 
 

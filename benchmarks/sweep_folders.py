@@ -1,7 +1,9 @@
 """Curves of loss against learning rate of published run folders, for the scripts that compare them."""
 
+import math
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from rora_theory.lab.sweep.curves import curves_at
@@ -24,6 +26,20 @@ def best_row(curve: Curve) -> dict[str, object]:
     logs = curve.log2_optimum
     row: dict[str, object] = {"rank": curve.rank, "gain": curve.gain, "best_rate": 2**logs.value}
     return row | {"log2_error": logs.known_error, "edge": curve.edge, "lowest_loss": float(curve.losses.min())}
+
+
+def mean_best_rates(folder: Path, estimator: str = "three points") -> pd.Series:
+    """Return the geometric mean over seeds of the best rates in ``best.csv``, by rank, gain, schedule and steps."""
+    best = pd.read_csv(folder / "best.csv")
+    best = best[best["estimator"] == estimator]
+    logs = np.log(best["best_rate"])
+    return np.exp(logs.groupby([best[name] for name in ("rank", "gain", "schedule", "steps")]).mean())
+
+
+def exponent_in_steps(rates: pd.Series) -> float:
+    """Return the exponent of best rates in the number of steps, from the fewest steps to the most."""
+    rates = rates.sort_index()
+    return math.log(rates.iloc[-1] / rates.iloc[0]) / math.log(rates.index[-1] / rates.index[0])
 
 
 def mean_regrets(costs: pd.DataFrame, by: list[str]) -> pd.DataFrame:

@@ -3,9 +3,11 @@
 import importlib
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy
 
@@ -85,7 +87,7 @@ def test_the_rates_of_a_setting_are_carried_from_the_pilot():
     assert grid.centre(0.004, 1024, strong) == pytest.approx(0.004 * 64**-0.75 * 8**0.15, rel=1e-12)
 
 
-@pytest.mark.parametrize("name", ["small", "smollm2", "gemma"])
+@pytest.mark.parametrize("name", ["small", "medium", "smollm2", "gemma"])
 def test_each_setting_of_a_design_is_run_once_and_compared_with_a_reference_of_as_many_steps(name):
     grid = importlib.import_module("gain_grid")
     design = grid.DESIGNS[name]
@@ -120,10 +122,12 @@ def parabola(best):
 
 def test_a_power_of_the_steps_is_judged_at_the_rate_that_the_other_seeds_tuned():
     laws = importlib.import_module("gain_laws")
-    design = replace(importlib.import_module("gain_grid").DESIGNS["small"], read_at=(64, 256))
+    grid = importlib.import_module("gain_grid")
+    design = replace(grid.DESIGNS["small"], read_at=(64, 256))
+    setting = partial(grid.Setting, 8, 32.0, "constant")
     # The best rate falls as T^-0.5. The second seed's own best rate after 64 steps would mislead it.
     seeds = {
-        seed: {("constant", 64, 8, 32.0): parabola(2.0**-9 * shift), ("constant", 256, 8, 32.0): parabola(2.0**-10)}
+        seed: {setting(64): parabola(2.0**-9 * shift), setting(256): parabola(2.0**-10)}
         for seed, shift in ((0, 1.0), (1, 4.0), (2, 1.0))
     }
     rows = laws.steps_regret_rows(seeds, design).set_index(["seed", "policy"])
@@ -132,3 +136,47 @@ def test_a_power_of_the_steps_is_judged_at_the_rate_that_the_other_seeds_tuned()
     assert rows.loc[(1, "keep the rate"), "regret"] == pytest.approx(0.5, abs=1e-9)
     # Seed 0 is judged at the mean of the others, one of which is 4 times too high: a factor of 2.
     assert rows.loc[(0, "T^-0.5"), "regret"] == pytest.approx(0.5, abs=1e-9)
+
+
+def test_the_regret_of_a_predicted_ratio_is_at_the_rate_carried_from_its_first_setting():
+    laws, grid = importlib.import_module("gain_laws"), importlib.import_module("gain_grid")
+    old, new = grid.Setting(8, 4.0, "constant", 1024), grid.Setting(64, 4.0, "constant", 1024)
+    large = grid.Setting(8, 4.0, "constant", 1024, batch_size=64)
+    # The best rate grows fourfold with either change.
+    best = {old: 2.0**-11, new: 2.0**-9, large: 2.0**-9}
+    seeds = {seed: {setting: parabola(rate) for setting, rate in best.items()} for seed in (0, 1, 2)}
+    pairs = [{"change": "rank", "to": new.name}, {"change": "batch", "to": large.name}]
+    predictions = pd.DataFrame([pair | {"schedule": "constant", "from": old.name} for pair in pairs])
+    rows = laws.regret_rows(seeds, predictions, 200.0, grid.DESIGNS["small_more"])
+    costs = rows[rows["seed"] == 1].set_index(["to", "policy"])["regret"]
+    # A factor of 4 costs 2 nats; the square root of 16 gives it, and r^0.15 gives 8^0.15.
+    assert costs[large.name, "keep the rate"] == pytest.approx(2, abs=1e-6)
+    assert costs[large.name, "B^0.5"] == pytest.approx(0, abs=1e-6)
+    assert costs[new.name, "keep the rate"] == pytest.approx(2, abs=1e-6)
+    power = CONSTANTS["rank_exponent"].value
+    assert costs[new.name, "advice"] == pytest.approx(0.5 * (2 - 3 * power) ** 2, abs=0.05)
+    # At one G all laws without the rank keep the rate, and one row says so.
+    assert list(costs[new.name].index) == ["keep the rate", "advice"]
+
+
+def test_the_settings_with_use_rslora_share_an_alpha_and_are_compared_with_each_other():
+    grid = importlib.import_module("gain_grid")
+    design = grid.DESIGNS["small_more"]
+    pairs = [(old, new) for change, old, new in grid.more_comparisons() if change == "use_rslora"]
+    assert len(pairs) == 4
+    for setting in {setting for pair in pairs for setting in pair}:
+        assert setting.gain / math.sqrt(setting.rank) == pytest.approx(32, rel=1e-12)
+        assert setting in design.reduced
+
+
+def test_every_compared_setting_is_run_here_or_in_the_design_of_five_seeds():
+    grid = importlib.import_module("gain_grid")
+    run = {*grid.DESIGNS["small"].reduced, *grid.DESIGNS["small_more"].reduced, *grid.DESIGNS["small_more"].more}
+    for _, old, new in grid.more_comparisons():
+        assert {old, new} <= run
+
+
+def test_an_exponent_in_the_steps_is_the_slope_from_the_fewest_to_the_most():
+    folders = importlib.import_module("sweep_folders")
+    rates = pd.Series([0.25, 1.0, 0.9], index=[1024, 64, 256])
+    assert folders.exponent_in_steps(rates) == pytest.approx(-0.5, rel=1e-12)
