@@ -46,6 +46,7 @@ from rora_theory.optimizers import Schedule
 from rora_theory.runs import frames
 from sims import sweep
 
+PUBLISHED = Path(__file__).parents[1] / "results" / "published"
 REFERENCE_RANK, REFERENCE_GAIN = 8, 32.0
 PILOT_SEED = 99
 PILOT_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
@@ -288,7 +289,7 @@ def more_comparisons() -> list[tuple[str, Setting, Setting]]:
 def step_predictions(read_at: tuple[int, ...], more: dict[str, float]) -> list[dict[str, Any]]:
     """Return predicted ratios of best constant rates after two numbers of steps, by law."""
     steps = CONSTANTS["steps_exponent"]
-    laws = {f"T^{steps.value:.2f}": steps.value, "T^-0.5": -0.5, "keep the rate": 0.0} | more
+    laws = {"T^-0.5": -0.5, "keep the rate": 0.0} | {f"T^{steps.value:.2g}": steps.value} | more
     rows = []
     for (first, second), (law, exponent) in itertools.product(itertools.pairwise(read_at), laws.items()):
         spread = steps.spread if exponent == steps.value else 0.0
@@ -333,7 +334,11 @@ def predict(args: argparse.Namespace) -> None:
             ratio = setting.rank / REFERENCE_RANK
             add(setting.schedule, "rank", *place, "r^0.15", [ratio**exponent for exponent in (0.15, 0.1, 0.2)])
             add(setting.schedule, "rank", *place, "keep the rate", [1.0])
-    rows += step_predictions(design.read_at, {})
+    smaller = {}
+    if args.design == "medium":
+        best = mean_best_rates(PUBLISHED / "small_models")[REFERENCE_RANK, REFERENCE_GAIN, "constant"]
+        smaller = {"exponent of the smaller model": exponent_in_steps(best)}
+    rows += step_predictions(design.read_at, smaller)
     if design.steps("constant") == design.steps("cosine"):
         factor = SCHEDULE_FACTORS["cosine"]
         values = [factor.value * math.exp(sign * factor.spread) for sign in (0, -1, 1)]

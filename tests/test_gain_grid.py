@@ -107,7 +107,7 @@ def test_predictions_over_steps_are_powers_with_the_spread_of_the_advice():
     assert rows["4096 steps", "own"]["prediction"] == pytest.approx(0.5, rel=1e-12)
     assert rows["4096 steps", "keep the rate"]["prediction"] == 1
     steps = CONSTANTS["steps_exponent"]
-    advice = rows["4096 steps", f"T^{steps.value:.2f}"]
+    advice = rows["4096 steps", f"T^{steps.value:.2g}"]
     bounds = [advice[name] for name in ("low", "prediction", "high")]
     expected = [16 ** (steps.value + shift) for shift in (-steps.spread, 0, steps.spread)]
     np.testing.assert_allclose(bounds, expected, rtol=1e-12)
