@@ -24,7 +24,7 @@ import tyro
 from rora_theory.advice.best_rate import Run
 from rora_theory.evidence.rate_prior import rate_prior
 from rora_theory.lab.sweep.curves import curves_at
-from rora_theory.lab.sweep.runs import SweepRun, merge_repeated_runs, read_runs
+from rora_theory.lab.sweep.runs import SweepRun, read_runs
 from rora_theory.optimizers import Schedule
 from rora_theory.runs import files, frames
 from rora_theory.runs.reading import read_manifest
@@ -163,8 +163,8 @@ def default_rate_regret(targets: Sequence[PlannedTarget]) -> pd.DataFrame:
 
 
 def read_folder(folder: Path) -> tuple[list[SweepRun], list[int], Schedule]:
-    """Return the distinct runs of a folder, the tokens of its held-out records and its schedule."""
-    runs = merge_repeated_runs(read_runs(folder))
+    """Return the runs of a folder, the tokens of its held-out records and its schedule."""
+    runs = read_runs(folder)
     # Full fine-tuning has no adapter.
     runs = [replace(run, gain=round(run.gain, 9)) for run in runs if run.rank and run.gain]
     tokens = frames.read_csv(folder / "records.csv")["tokens"].astype(int).tolist()

@@ -101,7 +101,6 @@ class RunFolder:
         out: Path | None = None,
         seed: int | None = None,
         extra: Mapping[str, Any] | None = None,
-        extensible: Mapping[str, Any] | None = None,
         models: Collection[WeightSource] = (),
     ) -> "RunFolder":
         """Open or create the folder of a run, own it, and write its manifest with status ``running``.
@@ -115,8 +114,6 @@ class RunFolder:
           out: Path of the folder; None is ``results/NAME/RUN_ID`` with RUN_ID the configuration's hash.
           seed: Seed written to the manifest.
           extra: Further entries of the manifest, such as units, device and protocol.
-          extensible: Further entries of the configuration that a later part of the run may add. An entry that is None
-            in the manifest or here is not compared.
           models: Models that the run reads. The storage format of their weights is logged and written to the manifest.
 
         Raises:
@@ -133,14 +130,13 @@ class RunFolder:
         if stale := _open_folders.get(path.resolve()):  # left open by an error in this process
             stale._release()
         # Refuse a folder of another run before anything is written to it.
-        extensions = as_json(dict(extensible or {}))
-        _read_previous(path, name, plain, extensions)
+        _read_previous(path, name, plain)
         files.check_links(path)
         # The lock makes this process the only one that writes to the folder.
         lock_descriptor = lock.acquire(path)
         try:
             # Read the manifest again: another process may have changed it before this one owned the folder.
-            manifest = _read_previous(path, name, plain, extensions)
+            manifest = _read_previous(path, name, plain)
             resumed = manifest is not None
             # Remove the temporary files of killed processes, which would count as files of a cell.
             for part in path.rglob(f".*{files.PARTIAL_SUFFIX}"):
@@ -148,12 +144,11 @@ class RunFolder:
             # Start the manifest, or continue the existing one.
             environment = software.environment()
             if manifest is None:
-                manifest = {"experiment": name, "run_id": identity, "config": extensions | plain, "seed": seed}
+                manifest = {"experiment": name, "run_id": identity, "config": plain, "seed": seed}
                 manifest |= {"start": lock.now(), "sessions": []}
             else:
                 _resume_manifest(path, manifest, environment)
             # Record this session.
-            manifest["config"] |= {key: value for key, value in extensions.items() if value is not None}
             manifest |= {"status": "running", "end": None, "command": sys.argv[1:]} | environment
             manifest |= as_json(dict(extra or {}))
             if described := [model.manifest_entries() for model in models]:
@@ -256,7 +251,7 @@ class RunFolder:
         files.write_whole(self.path / "manifest.json", json.dumps(self._manifest, indent=2, sort_keys=True) + "\n")
 
 
-def _read_previous(path: Path, name: str, config: Any, extensions: Mapping[str, Any]) -> dict[str, Any] | None:
+def _read_previous(path: Path, name: str, config: Any) -> dict[str, Any] | None:
     """Read the manifest of an earlier part of this run; None if there is none.
 
     Raises:
@@ -265,16 +260,9 @@ def _read_previous(path: Path, name: str, config: Any, extensions: Mapping[str, 
     manifest = read_manifest(path, ("experiment", "config", "sessions"))
     if manifest is None:
         return None
-    # Compare the configurations, without the extensions that one of them does not have.
-    old_config, new_config = manifest["config"], dict(config) | dict(extensions)
-    not_compared = {key for key in extensions if None in (old_config.get(key), new_config[key])}
-    old, new = (
-        {key: value for key, value in settings.items() if key not in not_compared}
-        for settings in (old_config, new_config)
-    )
-    if manifest["experiment"] != name or old != new:
+    if manifest["experiment"] != name or manifest["config"] != config:
         raise InputError(
-            f"{path}: holds a run with other arguments ({_difference(manifest, name, old, new)}). Use another folder, "
+            f"{path}: holds a run with other arguments ({_difference(manifest, name, config)}). Use another folder, "
             "or repeat the arguments of that run."
         )
     return manifest
@@ -289,8 +277,9 @@ def _resume_manifest(path: Path, manifest: dict[str, Any], environment: Mapping[
         session["status"] = session.get("status", "").replace("running", "killed")
 
 
-def _difference(manifest: Mapping[str, Any], name: str, old: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+def _difference(manifest: Mapping[str, Any], name: str, config: Mapping[str, Any]) -> str:
     if manifest["experiment"] != name:
         return f"it is a run of {manifest['experiment']}, this is {name}"
+    old = manifest["config"]
     keys = [key for key in sorted(set(old) | set(config)) if old.get(key) != config.get(key)]
     return "; ".join(f"{key} there {old.get(key)!r}, here {config.get(key)!r}" for key in keys[:3])

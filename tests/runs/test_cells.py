@@ -280,25 +280,3 @@ def test_a_cell_whose_file_was_removed_is_computed_again(tmp_path, capsys) -> No
     assert capsys.readouterr().out == "[3/3] side 2: again, 0 s\n"
     folder._release()  # killed: the file before is not taken for the one that was changed
     assert run_with_bar(SIDES, fail_if_called, opened(tmp_path)) == expected
-
-
-def test_a_setting_that_was_none_may_be_added_to_a_folder(tmp_path) -> None:
-    """A setting may be None in one part of a run if all others are equal."""
-
-    def extended(evaluation: Any, work: Callable[..., Any], **config: Any) -> RunFolder:
-        config = {"unit": "m"} | config
-        folder = RunFolder.open("squares", config, out=tmp_path, extensible={"evaluation": evaluation})
-        run_with_bar(SIDES, work, folder)
-        folder.finish()
-        return folder
-
-    extended(None, area)
-    for evaluation in (None, {"limit": 3}, None, {"limit": 3}):
-        folder = extended(evaluation, fail_if_called)
-    assert folder.entry("config") == {"unit": "m", "evaluation": {"limit": 3}}
-    before = (tmp_path / "manifest.json").read_bytes()
-    with pytest.raises(InputError, match=r"evaluation there \{'limit': 3\}, here \{'limit': 4\}"):
-        extended({"limit": 4}, fail_if_called)
-    with pytest.raises(InputError, match="unit there 'm', here 'km'"):
-        extended(None, fail_if_called, unit="km")
-    assert (tmp_path / "manifest.json").read_bytes() == before

@@ -57,8 +57,8 @@ class Opened(Exception):  # noqa: N818 (a way out, not an error)
 
 @pytest.fixture(autouse=True)
 def _stop_at_the_folder(monkeypatch) -> None:
-    def run_folder(_name: str, config: Any, *, extensible: Any = None, models: Any = (), **_: Any) -> None:
-        raise Opened(as_json(config) | (extensible or {}), cells[-1] if cells else None, models)
+    def run_folder(_name: str, config: Any, *, models: Any = (), **_: Any) -> None:
+        raise Opened(as_json(config), cells[-1] if cells else None, models)
 
     cells: list[Any] = []
     describe_models = sweep.describe_models

@@ -20,7 +20,7 @@ from rora_theory.lab.sweep.curves import (
 )
 from rora_theory.lab.sweep.law import RateLaw, setting_exponents, step_exponents, whole_curve_exponents
 from rora_theory.lab.sweep.regret import policies, regret_by_policy, regret_table
-from rora_theory.lab.sweep.runs import FULL, SweepRun, merge_repeated_runs
+from rora_theory.lab.sweep.runs import FULL, SweepRun
 from rora_theory.stats.rate_curves import Curve
 from rora_theory.stats.verdicts import Outcome
 
@@ -115,7 +115,7 @@ def judge_runs(
     """Find the best rates at every step of the readings, and compare them with each other and with the law.
 
     Args:
-      runs: Runs of one grid; runs of the same setting are merged, see `runs.merge_repeated_runs`.
+      runs: Runs of one grid, see `runs.read_runs`.
       tokens: Number of tokens of each held-out record by the tokens of the loss; at least that by which the runs are
         judged.
       law: Law of a constant gradient; without crossing distances, the exponents of the laws are left out.
@@ -125,7 +125,6 @@ def judge_runs(
       The tables by their names from `TABLES`; empty where the runs do not suffice.
     """
     # Curves of loss against rate at every step, and their minima.
-    runs = merge_repeated_runs(runs)
     steps = sorted({reading.step for run in runs for reading in run.read.readings})
     loss_on = runs[0].loss_on if runs else "all"
     by_step = {step: _curves_by_loss(runs, tokens, step) for step in steps}
@@ -138,10 +137,9 @@ def judge_runs(
         return tables
     # Comparisons of curves, also with those of other runs after the same number of steps, and best rates by every
     # estimator and by the losses over all tokens and over the answers.
-    merged_others = {name: merge_repeated_runs(named_runs) for name, named_runs in (other_runs or {}).items()}
     comparisons, rates, ratios = [], [], []
     for step, by_loss in by_step.items():
-        others = {name: _curves_by_loss(named_runs, tokens, step) for name, named_runs in merged_others.items()}
+        others = {name: _curves_by_loss(named_runs, tokens, step) for name, named_runs in (other_runs or {}).items()}
         others_by_loss = {name: {other: named[name] for other, named in others.items()} for name in tokens}
         comparisons.append(compare_best_rates(curves[step], step, others_by_loss[loss_on]))
         rates.append(rate_table(by_loss, step))

@@ -1,7 +1,7 @@
 """Cells of a sweep, each with all settings that determine one fine-tuned and scored adapter."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from rora_theory.lab import llama
 from rora_theory.lab.finetune import FinetuneConfig
 from rora_theory.lab.sweep.design import BASE, METHODS, SweepGrid
 from rora_theory.runs.cells import CELLS_FOLDER, ERROR_FILE
-from rora_theory.runs.reading import key_of, read_finished_cells, read_manifest
+from rora_theory.runs.reading import key_of, read_finished_cells
 from rora_theory.scaling import scaling_factor
 from rora_theory.validation.rules import check_warmup
 
@@ -141,20 +141,10 @@ def _read_outs(
     return runs
 
 
-def replace_with_scored(cells: Sequence[SweepCell], folder: Path) -> list[SweepCell]:
-    """Replace each cell without scoring by the same cell with scoring, if a run folder has finished that one."""
-    manifest = read_manifest(folder, ("config",))
-    evaluation, finished_cells = manifest and manifest["config"].get("evaluation"), read_finished_cells(folder)
-    scored_cells = [cell if cell.evaluation else replace(cell, evaluation=evaluation) for cell in cells]
-    return [
-        scored if key_of(scored) in finished_cells else cell for cell, scored in zip(cells, scored_cells, strict=True)
-    ]
-
-
 def cell_states(cells: Sequence[SweepCell], folder: Path) -> list[dict[str, Any]]:
-    """Return the cells, see `replace_with_scored`, with their ``key`` and their ``state``: done, failed or new."""
+    """Return the cells with their ``key`` and their ``state``: done, failed or new."""
     rows, finished_cells = [], read_finished_cells(folder)
-    for cell in replace_with_scored(cells, folder):
+    for cell in cells:
         key = key_of(cell)
         has_failed = (folder / CELLS_FOLDER / key / ERROR_FILE).exists()
         state = "done" if key in finished_cells else "failed" if has_failed else "new"

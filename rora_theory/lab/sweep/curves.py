@@ -44,7 +44,7 @@ def curves_at(runs: Sequence[SweepRun], tokens: Sequence[int], step: int, *, dra
     rank 0 and gamma 1), if runs at three or more rates reach the step.
 
     Args:
-      runs: Runs of the grid, see `runs.merge_repeated_runs`.
+      runs: Runs of the grid, see `runs.read_runs`.
       tokens: Number of tokens of each held-out record.
       step: Number of steps.
       draws: Number of bootstrap samples of the records.
@@ -223,7 +223,7 @@ def compare_at_one_rate(runs: Sequence[SweepRun], tokens: Sequence[int], step: i
     In contrast, `compare_best_rates` compares curves at their own best rates.
 
     Args:
-      runs: Runs of the grid, see `runs.merge_repeated_runs`.
+      runs: Runs of the grid, see `runs.read_runs`.
       tokens: Number of tokens of each held-out record.
       step: Number of steps.
 

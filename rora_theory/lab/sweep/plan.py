@@ -104,7 +104,7 @@ class SweepPlan:
         return cells_of(self.grid, self.training, train_records=train_records, evaluation=self.evaluation)
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings that all cells share, except those of the scoring.
+        """Return the settings that all cells share.
 
         Models are identified by the digests of their files.
         """
@@ -118,6 +118,7 @@ class SweepPlan:
             "data": self.records.summary,
             "training": {"steps": training.steps, "epochs": training.epochs, "batch": training.batch_size},
             "settings": settings | {"targets": training.modules},
+            "evaluation": self.evaluation,
         }
 
 

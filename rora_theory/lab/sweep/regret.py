@@ -109,7 +109,7 @@ def regret_table(
     sides of it are used. A policy that gives the same rate as an earlier one has no row; all laws do at an unchanged G.
 
     Args:
-      runs: Runs of one grid, see `runs.merge_repeated_runs`.
+      runs: Runs of one grid, see `runs.read_runs`.
       tokens: Number of tokens of every held-out record.
       curves: `curves.curves_at` of the runs by step.
       by_name: Policies by name, see `policies`.

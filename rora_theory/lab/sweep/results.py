@@ -51,7 +51,7 @@ def results_table(runs: Iterable[SweepRun], tokens: Mapping[str, tuple[Sequence[
     The order is base, method in the order of `METHODS`, rank, G, learning rate, seed and step.
 
     Args:
-      runs: Runs of the matrix, see `runs.merge_repeated_runs`.
+      runs: Runs of the matrix, see `runs.read_runs`.
       tokens: Numbers of tokens of the held-out records and of their answers by model, see `runs.read_tokens`.
     """
     runs = list(runs)

@@ -147,10 +147,7 @@ class SweepRun:
 
 
 def read_runs(folder: Path) -> list[SweepRun]:
-    """Read the runs of the finished cells of a run folder.
-
-    Args:
-      folder: Run folder.
+    """Read the runs of the finished cells of a run folder, see `merge_repeated_runs`.
 
     Raises:
       InputError: If a line was modified or holds values of a wrong type.
@@ -164,7 +161,9 @@ def read_runs(folder: Path) -> list[SweepRun]:
     settings = config.get("settings", {})
     shared = {name: settings.get(name) for run in runs for name, _ in run.axes}
     loss_on: LossOn = settings.get("loss_on", "all")
-    return [replace(run, axes=tuple(sorted((shared | dict(run.axes)).items())), loss_on=loss_on) for run in runs]
+    return merge_repeated_runs(
+        replace(run, axes=tuple(sorted((shared | dict(run.axes)).items())), loss_on=loss_on) for run in runs
+    )
 
 
 def _convert_run(cell: FinishedCell, config: Mapping[str, Any]) -> SweepRun:
@@ -219,7 +218,7 @@ def merge_repeated_runs(runs: Iterable[SweepRun]) -> list[SweepRun]:
 
     At a constant rate, runs that differ only in length are the same run, up to rounding; under a schedule that decays
     they are different runs, and are not merged. Of two readings at one step, the one with parts of the change is used,
-    or else that of the longer run. Of a run with accuracies and one without, the accuracies are kept.
+    or else that of the longer run.
     """
     by_setting: dict[tuple[Any, ...], dict[int, list[SweepRun]]] = {}
     for run in runs:
@@ -227,7 +226,7 @@ def merge_repeated_runs(runs: Iterable[SweepRun]) -> list[SweepRun]:
     merged = []
     for setting_runs in (by_length[steps] for by_length in by_setting.values() for steps in sorted(by_length)):
         # From the shortest to the longest run, so that the readings of longer runs replace those of shorter ones.
-        setting_runs = sorted(setting_runs, key=lambda run: (len(run.read.train_losses), run.evaluation is not None))
+        setting_runs = sorted(setting_runs, key=lambda run: len(run.read.train_losses))
         readings: dict[int, Reading] = {}
         for reading in (reading for run in setting_runs for reading in run.read.readings):
             # A reading with the parts of the change is not replaced by one without them.

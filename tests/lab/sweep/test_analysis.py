@@ -598,8 +598,8 @@ def test_runs_that_differ_in_their_length_are_one() -> None:
     outcomes = [merged.at(step, [1]).loss for step in (16, 64, 256) if merged.reaches(step)]
     assert outcomes == [1.0, 2.0, math.inf], "the longer run diverged before the shorter one ended"
     distinct = [replace(runs[0], **change) for change in ({"seed": 1}, {"rate": 2e-3}, {"rank": 4}, {"gain": 8.0})]
-    assert len(merge_repeated_runs([*runs, *distinct])) == 5
-    assert len(analysis.judge_runs([*runs, *distinct], {"all": [1]}, NO_LAW)["parts"]) == 5
+    merged = merge_repeated_runs([*runs, *distinct])
+    assert len(analysis.judge_runs(merged, {"all": [1]}, NO_LAW)["parts"]) == len(merged) == 5
     decaying = [replace(runs[0], steps=256), replace(runs[1], steps=64)]
     assert merge_repeated_runs([*decaying, *decaying]) == decaying[::-1], "two lengths, the shorter first"
 

@@ -9,9 +9,8 @@ from support.sweeps import sweep_plan
 
 from rora_theory.errors import InputError
 from rora_theory.lab.finetune import FinetuneConfig
-from rora_theory.lab.sweep.cells import SweepCell, cells_of, replace_with_scored
+from rora_theory.lab.sweep.cells import SweepCell, cells_of
 from rora_theory.lab.sweep.design import SweepGrid
-from rora_theory.runs import RunFolder, run_cells
 from rora_theory.runs.reading import key_of
 from sims.common import cli
 from sims.sweep import SweepOptions, Training
@@ -66,26 +65,6 @@ def test_every_file_of_options_is_one() -> None:
     horizon = configured("horizon")
     assert (horizon.training.batch_size, horizon.training.schedule, horizon.parts) == (4, "constant", True)
     assert (horizon.grid.gains, horizon.grid.lrs) == ((64.0, 724.0), (3e-4, 1e-3, 3e-3))
-
-
-def test_a_scored_twin_replaces_a_plain_cell_where_it_is_finished(tmp_path) -> None:
-    """A cell that must be scored is never replaced by one without scores."""
-
-    def folder(name: str, evaluation: object, finished: list[SweepCell]) -> Path:
-        run = RunFolder.open("sweep", {}, out=tmp_path / name, extensible={"evaluation": evaluation})
-        run_cells(finished, lambda cell, _: cell.rank, run)
-        run.finish()
-        return run.path
-
-    label = {"protocol": "label"}
-    design = SweepGrid(methods=("lora",), ranks=(4, 8), seeds=(0,))
-    plain, scored = (
-        cells_of(design, SHARED, train_records=1600, evaluation=evaluation) for evaluation in (None, label)
-    )
-    assert replace_with_scored(plain, folder("a", label, scored[1:])) == [plain[0], scored[1]]
-    assert replace_with_scored(plain, folder("b", None, plain[:1])) == plain
-    assert replace_with_scored(plain, tmp_path / "none") == plain
-    assert replace_with_scored(scored, folder("c", None, [])) == scored
 
 
 def test_settings_of_methods_with_a_rank_do_not_affect_other_methods() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from rora_theory.lab.sweep import analysis, results
 from rora_theory.lab.sweep.law import read_regime
-from rora_theory.lab.sweep.runs import merge_repeated_runs, read_comparison_runs, read_runs, read_tokens
+from rora_theory.lab.sweep.runs import read_comparison_runs, read_runs, read_tokens
 from rora_theory.runs import frames
 
 PUBLISHED = Path(__file__).parents[3] / "results" / "published"
@@ -49,7 +49,7 @@ def test_the_analysis_of_published_runs_gives_their_tables(name, tmp_path) -> No
     regime, compare_to = (option(manifest["command"], words) for words in ("--regime", "--compare-to"))
     law = read_regime(regime) if regime else None
     others = dict([read_comparison_runs(compare_to, manifest["config"])] if compare_to else [])
-    runs, tokens = merge_repeated_runs(read_runs(folder)), read_tokens(folder)
+    runs, tokens = read_runs(folder), read_tokens(folder)
     judged = analysis.analyse(runs, tokens, manifest["config"]["settings"], law=law, other_runs=others)
     tables = {f"{name}.csv": table for name, table in judged.items()}
     tables["results.csv"] = results.results_table(runs, tokens)

@@ -9,7 +9,7 @@ import pytest
 from rora_theory.errors import InputError
 from rora_theory.lab.evaluate.scoring import Sample
 from rora_theory.lab.sweep import results
-from rora_theory.lab.sweep.runs import Reading, ReadRun, SweepRun, merge_repeated_runs, read_runs
+from rora_theory.lab.sweep.runs import Reading, ReadRun, SweepRun, read_runs
 from rora_theory.runs import frames
 from rora_theory.runs.cells import run_cells
 from rora_theory.runs.folder import RunFolder
@@ -98,18 +98,17 @@ def made_run(
 
 
 def test_one_row_for_each_training_in_order() -> None:
-    """Runs with scores replace those without. The order is base, methods, ranks, alphas, rates and seeds."""
-    unscored = [
-        made_run("rora", 8, 0.1, 10), made_run("rora", 8, 0.1, 9), made_run("rora", 8, 0.01, 9),
-        made_run("rora", 8, 0.3, 9, alpha=8.0), made_run("rora", 4, 0.1, 9), made_run("lora", 16, 0.1, 9),
-        made_run("prefix", None, 0.1, 9), made_run("base", evaluation=LABEL),
-    ]  # fmt: skip
+    """The order is base, methods, ranks, alphas, rates and seeds."""
     levels = [LEVEL, LEVEL | {"task": "boolq"}, LEVEL | {"task": "average", "accuracy": 0.6}]
-    runs = [made_run("rora", 8, 0.1, 10, evaluation=LABEL, result={"levels": [LEVEL]}), *unscored]
-    runs.append(made_run("lora", 16, 0.1, 9, evaluation=LABEL, result={"levels": levels}))
-    runs.append(made_run("lora", 32, 0.1, 9, read=ReadRun([2.0], [], diverged_at=2)))
+    runs = [
+        made_run("rora", 8, 0.1, 10, evaluation=LABEL, result={"levels": [LEVEL]}),
+        made_run("rora", 8, 0.1, 9), made_run("rora", 8, 0.01, 9), made_run("rora", 8, 0.3, 9, alpha=8.0),
+        made_run("rora", 4, 0.1, 9), made_run("lora", 16, 0.1, 9, evaluation=LABEL, result={"levels": levels}),
+        made_run("prefix", None, 0.1, 9), made_run("base", evaluation=LABEL),
+        made_run("lora", 32, 0.1, 9, read=ReadRun([2.0], [], diverged_at=2)),
+    ]  # fmt: skip
     tokens = {"m": ([10, 10], [1, 2])}
-    table = results.results_table(merge_repeated_runs(runs), tokens)
+    table = results.results_table(runs, tokens)
     rows = frames.rows(table)
     assert [(row["method"], row["rank"], row["alpha"], row["learning_rate"], row["seed"]) for row in rows] == [
         ("base", None, None, None, None),
