@@ -81,7 +81,7 @@ def check_coordinates(config: CoordinateCheckOptions) -> None:
     data = ["/".join(Path(name).parts[-2:]) for name in config.data]
     extra = {"units": rank_check.UNITS, "device": inputs.describe_device(model), "data": data}
     folder = RunFolder.open(NAME, identity, out=config.out, extra=extra, models=[source.origin])
-    prompts.save_prompts(folder, batches[seeds[0]].examples, source.tokenizer, show=config.reading.show)
+    prompts.print_prompts(batches[seeds[0]].examples, source.tokenizer, config.reading.show)
     # The outputs of the base model are computed once for each seed, and kept for the latest.
     latest: dict[int, FirstSteps] = {}
 

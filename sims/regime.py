@@ -136,7 +136,7 @@ def measure_regime(config: RegimeOptions) -> None:
     extra: dict[str, Any] = {"units": regime_tables.UNITS, "device": inputs.describe_device(model)}
     extra["data"] = [Path(name).name for name in config.data]
     folder = RunFolder.open(NAME, identity, out=config.out, seed=seed, extra=extra, models=[source.origin])
-    prompts.save_prompts(folder, pair.examples, source.tokenizer, show=config.reading.show)
+    prompts.print_prompts(pair.examples, source.tokenizer, config.reading.show)
     folder.update(model_layers=len(all_layers))
     groups = [layers[start : start + LAYERS_PER_CELL] for start in range(0, len(layers), LAYERS_PER_CELL)]
 

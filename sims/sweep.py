@@ -27,7 +27,7 @@ from rora_theory.lab.sweep import analysis, differences, results
 from rora_theory.lab.sweep import law as laws_of_rates
 from rora_theory.lab.sweep import runs as sweep_runs
 from rora_theory.lab.sweep.cell_trainer import CellTrainer
-from rora_theory.lab.sweep.cells import SweepCell, cell_states, describe_models, replace_with_scored
+from rora_theory.lab.sweep.cells import SweepCell, cell_states, describe_models
 from rora_theory.lab.sweep.design import AXES, BASE
 from rora_theory.lab.sweep.plan import SweepConfig, plan_sweep
 from rora_theory.runs import devices, frames
@@ -85,10 +85,9 @@ def run_matrix(config: SweepOptions) -> None:
     # Check all inputs before any work: the regime, the records, the models and the runs to compare with.
     law = laws_of_rates.read_regime(config.regime) if config.regime else None
     plan = plan_sweep(config)
-    # The scoring may be added later to finished cells, so it can extend the identity.
-    cells, identity, extensible = plan.cells(), plan.identity(), {"evaluation": plan.evaluation}
+    cells, identity = plan.cells(), plan.identity()
     models = describe_models(cells, plan.training, plan.located)
-    path = path_of(NAME, identity | extensible, config.out)
+    path = path_of(NAME, identity, config.out)
     if config.list:
         print_cells(path, cells)
         return
@@ -101,12 +100,10 @@ def run_matrix(config: SweepOptions) -> None:
     cli.print_notes(cell_trainer.open(cells[0].model))
     device = devices.describe_devices(devices.pick(1))
     extra = {"models": models, "units": analysis.UNITS, "device": device}
-    located = plan.located.values()
-    folder = RunFolder.open(
-        NAME, identity, out=path, seed=config.data_seed, extra=extra, extensible=extensible, models=located
-    )
+    models_read = plan.located.values()
+    folder = RunFolder.open(NAME, identity, out=path, seed=config.data_seed, extra=extra, models=models_read)
     prompts.print_summary(plan.records.source, plan.training.template)
-    prompts.save_prompts(folder, cell_trainer.train_examples, cell_trainer.model.tokenizer, show=config.reading.show)
+    prompts.print_prompts(cell_trainer.train_examples, cell_trainer.model.tokenizer, config.reading.show)
     folder.write_frame(records, sweep_runs.RECORDS_FILE)
     failed = None
     try:
@@ -160,16 +157,7 @@ def run_sweep_cells(
         runs = sweep_runs.merge_repeated_runs(sweep_runs.read_runs(folder.path))
         folder.write_frame(results.results_table(runs, tokens))
 
-    # A cell that an earlier command has scored is not run again without scoring.
-    cells = replace_with_scored(cells, folder.path)
-    run_with_bar(
-        cells,
-        work,
-        folder,
-        runner=runner,
-        describe=results.describe_result,
-        write=write,
-    )
+    run_with_bar(cells, work, folder, runner=runner, describe=results.describe_result, write=write)
 
 
 def collect_key_figures(best: pd.DataFrame, judged: Mapping[str, pd.DataFrame]) -> list[KeyFigure]:

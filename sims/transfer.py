@@ -154,7 +154,7 @@ def take_first_steps(config: TransferOptions, advised: Advised) -> None:
     checker = transfer_check.FirstStepChecker(model, pair.train, pair.held_out, targets, config.seed)
     extra, models = {"units": transfer_check.UNITS, "device": inputs.describe_device(model)}, [source.origin]
     folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra=extra, models=models)
-    prompts.save_prompts(folder, pair.examples, source.tokenizer, show=config.reading.show)
+    prompts.print_prompts(pair.examples, source.tokenizer, config.reading.show)
     steps = run_table(
         list(transfer_check.first_steps(advice, config.seeds)),
         lambda cell, _: checker.rows(advice, cell),

@@ -1,17 +1,11 @@
-"""Print a summary of the records of a command, and save the first training prompts."""
+"""Print a summary of the records of a command, and its first training prompts."""
 
-import json
 from typing import Any
 
-from rora_theory.lab.data import prompt_preview
 from rora_theory.lab.data.batches import Examples
+from rora_theory.lab.data.prompt_preview import LOSS_BEGIN, LOSS_END, preview_prompt
 from rora_theory.lab.data.records import RecordSet
-from rora_theory.runs.folder import RunFolder
 from sims.common import tables
-
-FILE = "prompts.jsonl"
-SAVED_PROMPTS = 3
-"""Minimum number of prompts that a run folder contains."""
 
 
 def print_summary(records: RecordSet, template: str | None) -> None:
@@ -19,12 +13,9 @@ def print_summary(records: RecordSet, template: str | None) -> None:
     tables.print_text(f"{records.summary}; template {template}")
 
 
-def save_prompts(folder: RunFolder, examples: Examples, tokenizer: Any, *, show: int) -> None:
-    """Write the first prompts to `FILE`, and print some of them."""
-    prompts = prompt_preview.preview_prompts(examples, tokenizer, max(show, SAVED_PROMPTS))
-    folder.write(FILE, "".join(json.dumps(prompt._asdict(), ensure_ascii=False) + "\n" for prompt in prompts))
-    for number, prompt in enumerate(prompts[:show], start=1):
-        counts = f"{len(prompt.tokens)} tokens, {sum(prompt.in_loss)} in the loss"
-        marks = f"between {prompt_preview.LOSS_BEGIN} and {prompt_preview.LOSS_END}"
-        head = f"prompt {number} of {len(examples)}: {counts}, {marks}"
-        print(f"{head}\n{prompt.text}\n")
+def print_prompts(examples: Examples, tokenizer: Any, count: int) -> None:
+    """Print the first prompts with the parts in the loss marked."""
+    for index in range(min(count, len(examples))):
+        counts = f"{len(examples[index])} tokens, {examples.target_mask(index).sum()} in the loss"
+        head = f"prompt {index + 1} of {len(examples)}: {counts}, between {LOSS_BEGIN} and {LOSS_END}"
+        print(f"{head}\n{preview_prompt(examples, index, tokenizer)}\n")

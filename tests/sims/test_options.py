@@ -52,7 +52,7 @@ def recorded(monkeypatch, tmp_path) -> None:
         raise Recorded(**opened | {name: plain(value) for name, value in values.items()})
 
     monkeypatch.setattr(RunFolder, "open", open_folder)
-    monkeypatch.setattr(prompts, "save_prompts", lambda *_, show: opened.update(show=show))
+    monkeypatch.setattr(prompts, "print_prompts", lambda _, __, count: opened.update(show=count))
     monkeypatch.setattr(inputs, "load_model", lambda _, dtype: opened.update(dtype=dtype) or torch_models.model())
     monkeypatch.setattr(
         tune,

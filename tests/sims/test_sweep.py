@@ -193,7 +193,7 @@ class Quick(CellTrainer):
     """CellTrainer that derives results from a cell's hash at once, so that runs can be compared to the byte."""
 
     def open(self, *_: str) -> list[str]:
-        self.train_examples, self.model = None, SimpleNamespace(tokenizer=None)
+        self.train_examples, self.model = [], SimpleNamespace(tokenizer=None)
         self.held_out = SimpleNamespace(input_lengths=np.array([10] * 6), target_counts=np.array([2] * 6))
         return []
 
@@ -220,7 +220,6 @@ class Quick(CellTrainer):
 def quick(monkeypatch) -> None:
     """Run sweeps whose cells take no time."""
     monkeypatch.setattr(sim, "CellTrainer", Quick)
-    monkeypatch.setattr(sim.prompts, "save_prompts", lambda *_, **__: None)  # which a tokenizer is needed for
 
 
 def interrupt(*_: object) -> None:
@@ -277,12 +276,10 @@ def test_a_resumed_sweep_writes_the_same_bytes(model, data, tmp_path, number, wh
 
 @pytest.mark.usefixtures("quick")
 def test_a_grown_sweep_runs_only_missing_cells(model, data, tmp_path) -> None:
-    """It grows by ranks, seeds and rates, and by tasks that were not scored at first."""
+    """It grows by ranks, seeds and rates; other tasks belong to another folder."""
     out = tmp_path / "m"
     for more, trained in (
-        ("--ranks 2 --seeds 0 --no-accuracy", 1),
-        ("--ranks 2 --seeds 0", 1),  # scored now
-        ("--ranks 2 --seeds 0 --no-accuracy", 0),
+        ("--ranks 2 --seeds 0", 1),
         ("--ranks 2 4 --seeds 0 1", 3),
         ("--ranks 4 --seeds 1 --lrs 3e-4 1e-3", 1),
     ):
@@ -294,7 +291,7 @@ def test_a_grown_sweep_runs_only_missing_cells(model, data, tmp_path) -> None:
     ]  # fmt: skip
     assert {row["protocol"] for row in rows} == {"label"}
     manifest = json.loads((out / "manifest.json").read_text())
-    assert [session["status"] for session in manifest["sessions"]] == ["complete"] * 5
+    assert [session["status"] for session in manifest["sessions"]] == ["complete"] * 3
     assert manifest["sessions"][0]["command"] == manifest["command"]
     other = sweep(model, data, out, "--methods lora --ranks 2 --limit 1")
     assert "(evaluation there {" in commands.refusal(other)
@@ -311,7 +308,6 @@ def test_the_cells_are_listed_with_their_state(model, data, tmp_path) -> None:
     assert states() == [5, 0, 0]
     assert not out.exists()
     assert stopped(2, fail, model, data, out, FOUR).status == 1
-    assert states("--no-accuracy")[1:] == [4, 0], "unscored, they are the scored ones"
     lock = folder_lock.acquire(out)
     assert states()[1:] == [4, 1], "a folder in use may be read"
     os.close(lock)

@@ -1,6 +1,6 @@
-"""Previews of training prompts: the decoded tokens, with marks around the parts in the loss."""
+"""Preview of a training prompt: the decoded tokens, with marks around the parts in the loss."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -10,26 +10,8 @@ LOSS_BEGIN, LOSS_END = "⟦", "⟧"
 """Marks around tokens in the loss."""
 
 
-class PromptPreview(NamedTuple):
-    """Preview of one training prompt.
-
-    Attributes:
-      text: Decoded tokens, with `LOSS_BEGIN` and `LOSS_END` around those in the loss.
-      tokens: Token ids.
-      in_loss: 1 for each token in the loss and 0 for the others.
-    """
-
-    text: str
-    tokens: list[int]
-    in_loss: list[int]
-
-
-def preview_prompts(examples: Examples, tokenizer: Any, count: int) -> list[PromptPreview]:
-    """Return previews of the first prompts."""
-    return [_preview_prompt(examples, tokenizer, index) for index in range(min(count, len(examples)))]
-
-
-def _preview_prompt(examples: Examples, tokenizer: Any, index: int) -> PromptPreview:
+def preview_prompt(examples: Examples, index: int, tokenizer: Any) -> str:
+    """Return the text of a prompt with `LOSS_BEGIN` and `LOSS_END` around the parts in the loss."""
     tokens, is_target = examples[index].tolist(), examples.target_mask(index)
     full_text = tokenizer.decode(tokens, skip_special=False)
     # Cut the tokens where the mask changes.
@@ -42,4 +24,4 @@ def _preview_prompt(examples: Examples, tokenizer: Any, index: int) -> PromptPre
         piece = full_text[begin:end]
         text += f"{LOSS_BEGIN}{piece}{LOSS_END}" if is_target[piece_end - 1] else piece
         begin = end
-    return PromptPreview(text, tokens, is_target.astype(int).tolist())
+    return text

@@ -14,8 +14,9 @@ from support import chat_templates
 
 from rora_theory.chat_templates import CHATML, ChatTemplate
 from rora_theory.errors import InputError
-from rora_theory.lab.data import chat, prompt_preview, texts
+from rora_theory.lab.data import chat, texts
 from rora_theory.lab.data.formats import Chat, Record, Text
+from rora_theory.lab.data.prompt_preview import preview_prompt
 from rora_theory.lab.finetune import Batches, tokenize
 from rora_theory.lab.llama.tokenizer import Tokenizer
 
@@ -322,10 +323,7 @@ def test_the_tokens_of_a_chat_come_from_the_template_alone(tokenizer):
     assert tokenizer.decode(examples[0].tolist(), skip_special=False) == text
     assert examples[0].tolist().count(0) == 1
     assert examples[0].tolist().count(1) == 0
-    assert [preview.text for preview in prompt_preview.preview_prompts(examples, tokenizer, 5)] == [
-        chat_templates.TEXTS["llama3"]
-    ] * 2
-    assert prompt_preview.preview_prompts(examples, tokenizer, 1)[0].in_loss == examples.target_mask(0).tolist()
+    assert [preview_prompt(examples, index, tokenizer) for index in range(2)] == [chat_templates.TEXTS["llama3"]] * 2
 
     all_targets = tokenize([record], tokenizer, cutoff=1000)
     assert all_targets.is_target.tolist() == [False] + [True] * (len(all_targets.tokens) - 1)

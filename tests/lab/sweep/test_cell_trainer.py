@@ -14,7 +14,7 @@ from support.sweeps import sweep_plan
 from rora_theory.errors import InputError
 from rora_theory.lab import llama
 from rora_theory.lab.adapters import LoraConfig, PrefixConfig
-from rora_theory.lab.data import prompt_preview
+from rora_theory.lab.data.prompt_preview import preview_prompt
 from rora_theory.lab.data.records import DataConfig
 from rora_theory.lab.data.sources import read_tasks
 from rora_theory.lab.evaluate import scoring
@@ -164,15 +164,14 @@ def test_chats_are_rendered_by_the_models_template(tmp_path, monkeypatch) -> Non
 
     cell_trainer = open_bench(chat_templates.LLAMA3)
     for examples, count in ((cell_trainer.train_examples, 4), (cell_trainer.held_out, 2)):
-        prompts = prompt_preview.preview_prompts(examples, cell_trainer.model.tokenizer, 9)
+        prompts = [preview_prompt(examples, index, cell_trainer.model.tokenizer) for index in range(len(examples))]
         ending = "assistant<|end_header_id|>\n\n⟦yes<|eot_id|>⟧"
-        assert [prompt.text.endswith(ending) for prompt in prompts] == [True] * count
+        assert [prompt.endswith(ending) for prompt in prompts] == [True] * count
     with pytest.raises(InputError, match="chat_date"):
         open_bench(chat_templates.DATED)
     cell_trainer = open_bench(chat_templates.DATED, chat_date="2026-01-31")
-    assert prompt_preview.preview_prompts(cell_trainer.train_examples, cell_trainer.model.tokenizer, 1)[
-        0
-    ].text.startswith("31 Jan 2026<user>")
+    first_prompt = preview_prompt(cell_trainer.train_examples, 0, cell_trainer.model.tokenizer)
+    assert first_prompt.startswith("31 Jan 2026<user>")
     monkeypatch.setattr(llama, "load", lambda *_: pytest.fail("weights are read before the chats are rendered"))
     with pytest.raises(InputError, match=r"4 of 4 records .*\(1\) \S*chats\.json: record \d: .*\(4\) "):
         open_bench("{{ raise_exception('no') }}")
