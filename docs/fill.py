@@ -129,6 +129,7 @@ WORDS = {
         "steps_exponent": "exponent in the number of steps",
     },
     "optimizer": {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD"},
+    "policy": {"tune": "probe"},  # the published runs of the probe, which `rora tune` had then
     "rule": {"0": "constant scaling", "0.25": "alpha / r^0.25", "lora": "alpha / r", "rora": "alpha / sqrt(r)"},
     "side": {"ours": "this package (JAX)", "peer": "torch + peft"},
 }

@@ -139,6 +139,7 @@ def model_of(manifest: dict[str, Any]) -> str:
 def _links(run: Path) -> str:
     folder = run.relative_to(PUBLISHED).as_posix()
     names = [name for name in ("tables.md", "results.csv", "metrics.jsonl", "manifest.json") if (run / name).exists()]
+    names = names or sorted(path.name for path in run.glob("*.csv"))  # of an analysis over several run folders
     return ", ".join(f"[{name.partition('.')[0]}]({REPOSITORY_PATH}/{folder}/{name})" for name in names)
 
 
