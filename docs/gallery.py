@@ -30,7 +30,6 @@ TITLES = {
     "coordinate_check": "Coordinate check",
     "evidence": "Public runs",
     "horizon": "Constant rate, 16 to 256 steps",
-    "horizon_cosine": "Cosine decay, up to 1,024 steps",
     "horizon_gemma": "Constant rate in Gemma 3 270M",
     "lr_transfer": "Controlled problem",
     "lr_transfer_smollm2": "Best rates of a language model",

@@ -27,7 +27,6 @@ from figures import (
     exponent_vs_gain,
     gain_laws,
     horizon,
-    horizon_loss,
     layers_vs_rank,
     loss_by_phase,
     loss_curves,
@@ -37,8 +36,6 @@ from figures import (
     norm_vs_rank,
     regime,
     regret_by_model,
-    regret_by_policy,
-    scaling_diagram,
     style,
     training_dynamics,
 )
@@ -60,19 +57,15 @@ FIGURES = {
         (accuracy_vs_rank, {"lr": 3e-4}),
         (loss_vs_rate, {"rank": 32, "top": 1.7}),
         (loss_curves, {"rank": 128}),
-        (scaling_diagram, None),
     ],
     "accuracy": [(accuracy, {})],
     "accuracy_pruned": [(accuracy, {"name": "SmolLM2-135M pruned to half"})],
     "horizon": [
         (horizon, {}),
-        (horizon_loss, {}),
         (minima, {}),
-        (regret_by_policy, {}),
         (exponent_vs_gain, {}),
         (displacement_ratio, {}),
     ],
-    "horizon_cosine": [(horizon_loss, {"ranks": (8, 128), "gains": (64.0,), "steps": 256, "top": 0.97})],
     "horizon_gemma": [(displacement_ratio, {}), (exponent_vs_gain, {"ranks": (8, 128)})],
     "small_models": [(gain_laws, {})],
     "rank_sweep_pruned": [
@@ -148,7 +141,7 @@ def test_published_figures_can_be_read_on_a_phone(published) -> None:
         assert min(text.get_fontsize() for text in figure.findobj(Text) if text.get_text()) * scale > 9, (folder, name)
         assert not re.search("smollm2|gemma3", legend_text(figure)), (folder, name)
         assert all(count <= 8 for count in entries), (folder, name, entries)
-        if name in ("horizon", "accuracy_vs_rank", "scaling_diagram"):
+        if name in ("horizon", "accuracy_vs_rank"):
             assert len(figure.axes) == 3, (folder, name)
         if folder in ("rank_sweep_pruned", "accuracy_pruned"):
             assert legend_text(figure).startswith("SmolLM2-135M pruned to half, ")
@@ -200,11 +193,6 @@ def test_each_panel_against_the_rate_has_several(published) -> None:
         (loss_vs_rate, "rank_sweep", {}, "{}: has the ranks 4, 8, 16, 32, 64, 128. Choose one with --rank"),
         (displacement_ratio, "horizon", {"steps": (7,)}, "--steps"),
         (exponent_vs_gain, "horizon", {"steps": 7}, "--steps"),
-        (regret_by_policy, "horizon", {"rank": 7}, "at --rank 7 for any of --changes"),
-        # Its best rate lies at the end of its grid, so that the regret is unknown.
-        (regret_by_policy, "horizon_gemma", {"changes": ((16.0, 16.0, 16, 64),)}, "for any of --changes"),
-        (regret_by_policy, "horizon", {"changes": ((64.0, 0.0, 64, 64),)}, "changes .* 0.0\n"),
-        (regret_by_policy, "horizon", {"changes": ((64.0, float("nan"), 64, 64),)}, "changes .* nan\n"),
     ],
 )
 def test_a_setting_that_a_run_does_not_have_is_refused_before_anything_is_drawn(
@@ -410,28 +398,6 @@ def test_an_exponent_of_one_seed_is_hollow_in_the_colour_of_its_model(captured_f
     laws = [line.get_color() for line in axes.lines if line.get_marker() == "None" and len(line.get_xdata()) > 2]
     assert bands == laws == list(style.COLOURS[:2])
     assert len(captured_figures["exponent_vs_gain"].legends[0].get_texts()) == 8
-
-
-def test_regrets_of_two_models_share_a_figure(captured_figures) -> None:
-    """Each panel has the rows of regret.csv, triangles for lower bounds, and nothing cut at its edge."""
-    runs = tuple(PUBLISHED / name for name in ("horizon", "horizon_gemma", "horizon_gemma_cosine"))
-    config = regret_by_policy.RegretByPolicyOptions(runs)
-    regret_by_policy.draw_regret_by_policy(config)
-    figure = captured_figures["regret_by_policy"]
-    check(figure)
-    assert len(figure.legends[0].get_texts()) == 8
-    costs = regret_by_policy.select_costs(config)
-    assert not costs["is_edge"].any()
-    assert set(costs["change"]) == set(range(len(config.changes)))
-    low, _ = figure.axes[0].get_xlim()
-    for axes in figure.axes:
-        rows = costs[costs["panel"] == axes.get_title(loc="left")]
-        points = [container.lines[0] for container in axes.containers if hasattr(container, "has_xerr")]
-        values = [float(point.get_xdata()[0]) for point in points]
-        assert sorted(values) == pytest.approx(sorted(rows["regret"].clip(lower=regret_by_policy.FLOOR)))
-        assert min(values) > 1.2 * low
-        assert sum(point.get_marker() == ">" for point in points) == rows["is_lower_bound"].sum()
-        assert sum(point.get_fillstyle() == "none" for point in points) == (rows["seeds"] == 1).sum()
 
 
 def test_two_runs_of_the_horizon_share_a_figure(captured_figures) -> None:

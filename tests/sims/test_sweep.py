@@ -1,6 +1,5 @@
 """`python -m sims.sweep` on a tiny checkpoint: what a cell measures, and that interruptions repeat no cell."""
 
-import dataclasses
 import json
 import os
 import re
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 from support import commands, drawings
 
-from figures import accuracy, accuracy_vs_rank, benchmark_tables, loss_curves, loss_vs_rate, style
+from figures import accuracy, accuracy_vs_rank, loss_curves, loss_vs_rate, style
 from rora_theory.errors import InputError
 from rora_theory.lab.adapters import load_peft
 from rora_theory.lab.evaluate.scoring import Sample, Scoring
@@ -313,28 +312,6 @@ def test_the_cells_are_listed_with_their_state(model, data, tmp_path) -> None:
     os.close(lock)
 
 
-@pytest.mark.parametrize(
-    ("name", "shown"),
-    [
-        ("<script>alert(1)</script>", "&lt;script&gt;alert(1)&lt;/script&gt;"),
-        ("[x](javascript:y)|b", "\\[x\\](javascript:y)\\|b"),
-        ("*a* `b` ~~c~~ d_e &amp; f\ng\\", "\\*a\\* \\`b\\` \\~\\~c\\~\\~ d\\_e &amp;amp; f g\\\\"),
-        ("LoRA, alpha/r^(1/4)", "LoRA, alpha/r^(1/4)"),
-    ],
-)
-def test_names_are_escaped_in_markdown(name, shown) -> None:
-    """The name of a model may be any name of a folder."""
-    assert benchmark_tables.escaped(name) == shown
-    line = benchmark_tables.paper_lines("I")[0]
-    named = dataclasses.replace(line, model=name, method=name, source=name)
-    manifest = {"config": {"data": {"train_records": 1}, "evaluation": {"protocol": name}}}
-    manifest["config"]["training"] = {"steps": 1, "batch": 1}
-    text = benchmark_tables.markdown([named], "I", manifest)
-    assert text.count(shown) == 4
-    assert "<script" not in text
-    assert len({len(re.findall(r"(?<!\\)\|", row)) for row in text.splitlines() if row.startswith("|")}) == 1
-
-
 @pytest.mark.usefixtures("quick")
 def test_models_of_one_folder_are_analysed_by_themselves(model, data, tmp_path) -> None:
     """Every table has a column for the model, and losses of two models are not compared."""
@@ -370,28 +347,6 @@ def test_figures(swept) -> None:
     assert "(above)" in drawings.words(loss_vs_rate, swept, rank=4, top=0.5)["loss_vs_rate"], "below every loss"
 
 
-@pytest.mark.slow
-def test_tables_have_every_row_of_ours_and_of_the_papers(swept, tmp_path) -> None:
-    for layout in ("I", "II"):
-        benchmark_tables.write_benchmark_tables(
-            benchmark_tables.BenchmarkTablesOptions(swept, layout=layout, out=tmp_path)
-        )
-    lines = commands.rows(tmp_path / "table_I.csv")
-    methods = {
-        source: {line["method"] for line in lines if line["source"] == source}
-        for source in ("this run", "paper, as printed")
-    }
-    assert methods["this run"] >= {"Prefix", "Series", "LoRA", "DoRA", "RoRA", "none"}
-    assert methods["paper, as printed"] == {"Prefix", "Series", "Parallel", "LoRA", "DoRA", "RoRA"}
-    line = commands.selected(lines, source="this run", method="RoRA", rank=4)
-    row = commands.selected(table(swept), method="rora", rank=4)
-    assert float(line["BoolQ"]) == pytest.approx(100 * float(row["boolq"]))
-    [model] = json.loads((swept / "manifest.json").read_text())["models"].values()
-    share = int(row["trainable_parameters"]) / (int(row["trainable_parameters"]) + model["parameters"])
-    assert float(line["params_percent"]) == pytest.approx(100 * share, rel=1e-3)
-    assert "not comparable with this run's" in (tmp_path / "table_II.md").read_text()
-
-
 def test_figures_show_what_diverged_and_refuse_a_mixture(tmp_path, capsys) -> None:
     """In a run of three invented cells, the title states what is drawn, not what was tried."""
     columns = dict.fromkeys(results.COLUMNS, "")
@@ -418,13 +373,6 @@ def test_figures_show_what_diverged_and_refuse_a_mixture(tmp_path, capsys) -> No
     assert "all seeds diverged" in drawn
     drawn = drawings.words(accuracy_vs_rank, tmp_path, tuned=True)["accuracy_vs_rank"]
     assert "best lr of a seed on these records" in drawn
-    rows[0] |= {"average": "0.5", "average_error": "0.01", "average_unparsed": "0.25", "protocol": "generate"}
-    rows[1] |= {"protocol": "generate"}
-    rows[2] |= {"rank": "8"}
-    write(rows)
-    benchmark_tables.write_benchmark_tables(benchmark_tables.BenchmarkTablesOptions(tmp_path, layout="I"))
-    line = "| 25.0 | this run, 1 seed, 1 diverged, alpha 64, lr 0.001 (best tried) |"
-    assert line in (tmp_path / "table_I.md").read_text()
     rows[2] |= {"rank": "64", "alpha": "128.0"}
     write(rows)
     with pytest.raises(SystemExit):
