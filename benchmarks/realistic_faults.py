@@ -52,21 +52,9 @@ WORKERS_FAULTS = [
     ),
     Fault(
         CLUSTER,
-        "yield outcome._replace(position=index, ",
-        "yield outcome._replace(",
+        "yield outcome._replace(position=index)",
+        "yield outcome",
         "every result is that of the first cell",
-    ),
-    Fault(
-        CLUSTER,
-        "if differences and outcome.node not in warned:",
-        "if differences:",
-        "a node with other software is named for every cell",
-    ),
-    Fault(
-        CLUSTER,
-        "software=outcome.software if differences else None)",
-        "software=None)",
-        "the software of another node is not recorded",
     ),
     Fault(
         CLUSTER,

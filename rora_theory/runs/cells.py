@@ -15,7 +15,7 @@ import logging
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -54,14 +54,12 @@ class CellOutcome(NamedTuple):
       result: Result, or the exception that the cell raised.
       seconds: Run time of the cell.
       node: Id of the cluster node that computed the cell; None is this process.
-      software: `rora_theory.runs.software.environment` of the node if it differs from that of this process, else None.
     """
 
     position: int
     result: Any
     seconds: float = 0.0
     node: str | None = None
-    software: Mapping[str, Any] | None = None
 
 
 @runtime_checkable
@@ -165,7 +163,6 @@ def run_cells(
             finished[keys[index]] = cell_record
             journal.append(vars(cell_record))
             shutil.rmtree(cell_folder / CHECKPOINTS, ignore_errors=True)
-            folder.add_cell_time(keys[index], outcome.seconds, outcome.node, outcome.software)
             on_finish(index, cell_record.value, outcome)
         # Writing all results takes time, so it is not done after every short cell.
         if time.monotonic() - written_at > WRITE_INTERVAL:

@@ -25,7 +25,6 @@ from typing import Any
 
 from rora_theory import extras
 from rora_theory.errors import InputError
-from rora_theory.runs import software
 from rora_theory.runs.cells import CellOutcome, Runner, in_process
 from rora_theory.runs.reading import LOCK
 from rora_theory.scaling import check_integer, check_positive
@@ -216,7 +215,7 @@ def compute_cell(references: list[Any], cell: Any, folder: Path, lock: str | Non
       lock: Content of the run folder's lock on the machine that owns it, see `read_lock`.
 
     Returns:
-      The outcome, with the id of the node and its software, and 0 for the position.
+      The outcome, with the id of the node, and 0 for the position.
 
     Raises:
       InputError: The run folder is not that of the owner.
@@ -230,7 +229,7 @@ def compute_cell(references: list[Any], cell: Any, folder: Path, lock: str | Non
             "share."
         )
     work, started = fetch_work(references[0], ray.get), time.monotonic()
-    return CellOutcome(0, work(cell, folder), time.monotonic() - started, node, software.environment())
+    return CellOutcome(0, work(cell, folder), time.monotonic() - started, node)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,8 +263,6 @@ class RayRunner:
             for index, (cell, folder) in enumerate(todo):
                 on_start(index)
                 pending[remote.remote(references, cell, folder.resolve(), lock)] = index
-            warned: set[str] = set()
-            environment = software.environment()
             while pending:
                 (ended,), _ = ray.wait(list(pending), num_returns=1)
                 index = pending.pop(ended)
@@ -278,12 +275,7 @@ class RayRunner:
                 except ray.exceptions.RayError as error:
                     yield CellOutcome(index, error)
                 else:
-                    # Warn once for each node of differences between its software and that of this process.
-                    differences = software.version_differences(environment, outcome.software)
-                    if differences and outcome.node not in warned:
-                        warned.add(outcome.node)
-                        logger.warning("node %s runs %s", outcome.node, differences)
-                    yield outcome._replace(position=index, software=outcome.software if differences else None)
+                    yield outcome._replace(position=index)
         except BaseException:
             leave()  # stops the cells that are running
             raise

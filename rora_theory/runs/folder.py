@@ -195,22 +195,6 @@ class RunFolder:
         files.write_whole(self.path / name, content)
         return self.path / name
 
-    def add_cell_time(
-        self, key: str, seconds: float, node: str | None = None, software: Mapping[str, Any] | None = None
-    ) -> None:
-        """Add the time and the node of a cell to this session; the manifest gets them when the run ends.
-
-        Args:
-          key: Key of the cell.
-          seconds: Run time of the cell.
-          node: Id of the cluster node that ran the cell; None is this process.
-          software: Software environment of the node, if it differs from that of this process.
-        """
-        session, name = self._manifest["sessions"][-1], node or "this process"
-        session.setdefault("cells", {}).setdefault(name, {})[key] = round(seconds, 3)
-        if software is not None:
-            session.setdefault("other_software", {})[name] = as_json(software)
-
     def record_files(self, name: str) -> None:
         """Write the names of all files in a folder to the manifest, when the folder is complete.
 

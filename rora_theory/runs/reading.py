@@ -36,7 +36,7 @@ _ENTRIES = {
     "model_layers": int,
     "outputs": list,
 }
-_SESSION = {"status": str, "python": str, "packages": dict, "git_revision": str | None, "cells": dict}
+_SESSION = {"status": str, "python": str, "packages": dict, "git_revision": str | None}
 """Types of the entries of a manifest and of its sessions that are read again. Any entry may be missing."""
 
 

@@ -61,7 +61,7 @@ def run_with_bar(
     # Cells that ran in this process have no node.
     if cells_of_node:
         counts = ", ".join(f"{count} on {node}" for node, count in cells_of_node.most_common())
-        tables.print_text(f"{title} per node: {counts}. manifest.json lists the node and the seconds of every cell.")
+        tables.print_text(f"{title} per node: {counts}.")
     return values
 
 

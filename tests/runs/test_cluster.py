@@ -211,7 +211,7 @@ def test_cells_of_two_runs_are_computed_by_the_work_of_their_own(played, owned, 
         assert repr(outcomes[2].result) == "ValueError('three')"
         assert isinstance(outcomes[2].result.__cause__, TaskError)
         assert repr(outcomes[3].result) == "ConnectionError('the node is gone')"
-        assert (outcomes[0].node, outcomes[0].software, outcomes[0].seconds) == ("0123456789ab", None, 3.5)
+        assert (outcomes[0].node, outcomes[0].seconds) == ("0123456789ab", 3.5)
     assert played.options == [{"max_retries": cluster.RETRIES, "num_cpus": 2.0}] * 2
     assert list(runner(work, [], begun.append)) == []
     # A folder without the lock's content is not the owner's.
@@ -221,17 +221,6 @@ def test_cells_of_two_runs_are_computed_by_the_work_of_their_own(played, owned, 
     assert not away.exists()
     with pytest.raises(InputError, match="does not see this run folder"):
         cluster.compute_cell([played.put(work)], 1, owned, "another owner's")
-
-
-@pytest.mark.usefixtures("played")
-def test_a_node_with_other_software_is_named_once(owned, monkeypatch, caplog) -> None:
-    versions = iter(["3.11", "3.11", "2.7", "2.7"])
-    monkeypatch.setattr(cluster.software, "environment", lambda: {"python": next(versions)})
-    # The owner's environment is read after the workers' of this one process.
-    outcomes = RayRunner({})(lambda cell, folder: cell, [(cell, owned) for cell in (1, 2, 3)], lambda _: None)
-    other = {"python": "3.11"}
-    assert {outcome.position: outcome.software for outcome in outcomes} == {0: other, 1: other, 2: None}
-    assert caplog.text.count("node 0123456789ab runs python 3.11") == 1
 
 
 def test_an_interruption_stops_the_workers(played, owned) -> None:
