@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from rora_theory.measure.rank_check.check import TorchCheck, coordinate_check
     from rora_theory.measure.regimes.model import TorchRegime, regime
     from rora_theory.measure.regimes.module_regime import RegimeConfig
-    from rora_theory.measure.transfer_check import check_transfer
     from rora_theory.measure.tuning import tune
 
 __all__ = [
@@ -30,7 +29,6 @@ __all__ = [
     "RegimeConfig",
     "TorchCheck",
     "TorchRegime",
-    "check_transfer",
     "coordinate_check",
     "regime",
     "tune",
@@ -44,7 +42,6 @@ __getattr__, __dir__ = lazy_modules.attributes(
         "RegimeConfig": "rora_theory.measure.regimes.module_regime",
         "TorchCheck": "rora_theory.measure.rank_check.check",
         "TorchRegime": "rora_theory.measure.regimes.model",
-        "check_transfer": "rora_theory.measure.transfer_check",
         "coordinate_check": "rora_theory.measure.rank_check.check",
         "regime": "rora_theory.measure.regimes.model",
         "tune": "rora_theory.measure.tuning",

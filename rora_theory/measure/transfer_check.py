@@ -1,8 +1,4 @@
-"""Check of a transferred setting: real first steps of a model under several settings, compared with the tuned one.
-
-check = check_transfer(model, transfer(setting, rank=128), batch, held_out, target_modules=["q_proj", "v_proj"])
-check.summary[["plan", "quantity", "ratio", "standard_error"]]
-"""
+"""Check of a transferred setting: real first steps of a model under several settings, compared with the tuned one."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,15 +12,13 @@ import torch
 
 from rora_theory.advice.setting import Setting
 from rora_theory.advice.transfer import Advice
-from rora_theory.laws.random.seeds import check_seed
 from rora_theory.measure.adapters import add_adapter
 from rora_theory.measure.batches import Batch
-from rora_theory.measure.modules import base_model, layer_index, unwrap
+from rora_theory.measure.modules import layer_index
 from rora_theory.measure.rank_check.check import FirstSteps, make_optimizer_of
 from rora_theory.runs import frames
 from rora_theory.scaling import KAPPAS, exponent
 from rora_theory.stats.estimate import jackknife
-from rora_theory.validation.rules import check_list
 
 TUNED = "tuned"
 """Name of the tuned setting, with which the others are compared."""
@@ -229,49 +223,3 @@ def format_candidates(summary: pd.DataFrame) -> list[list[str]]:
         modules += f", {first['smallest']:.2f} to {first['largest']:.2f}"
         rows.append([str(plan), f"{first['alpha']:.4g}", f"{first['learning_rate']:.3g}", modules, hidden, logits])
     return rows
-
-
-@dataclass(frozen=True, eq=False)
-class TransferCheck:
-    """Result of `check_transfer`.
-
-    Attributes:
-      steps: Sizes with a row for each first step and module or quantity.
-      summary: Ratios to the tuned setting with a row for each candidate and quantity.
-    """
-
-    steps: pd.DataFrame
-    summary: pd.DataFrame
-
-
-def check_transfer(
-    model: torch.nn.Module,
-    advice: Advice,
-    batch: Batch,
-    held_out: Batch,
-    *,
-    target_modules: Sequence[str] | str,
-    seeds: Sequence[int] = (0, 1, 2, 3),
-    seed: int = 0,
-) -> TransferCheck:
-    """Run the first step of every candidate with several draws of A, and compare it with the tuned setting.
-
-    Args:
-      model: Base model, which is left as it was.
-      batch: Batch of the step, with labels.
-      held_out: Batch at which the change is measured.
-      target_modules: Target modules in PEFT's format.
-      seeds: Two or more seeds of A, which all candidates share.
-
-    Returns:
-      The sizes of the changes and their ratios to the tuned setting.
-
-    Raises:
-      InputError: If there are fewer than two seeds, a seed repeats or is out of range, or an initialisation or
-        target does not suit the model.
-    """
-    check_list("seeds", seeds, check_seed, fewest=2)
-    checker = FirstStepChecker(base_model(unwrap(model)), batch, held_out, target_modules, seed)
-    rows = [row for step in first_steps(advice, seeds) for row in checker.rows(advice, step)]
-    steps = frames.from_rows(rows, COLUMNS)
-    return TransferCheck(steps, summarise_ratios(steps, advice))

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from rora_theory.errors import InputError
-from rora_theory.stats.estimate import CONFIDENCE, Estimate, over_seeds
+from rora_theory.stats.estimate import Estimate, over_seeds
 from rora_theory.stats.verdicts import judge_equivalence
 
 Trend = Literal["flat", "grows", "shrinks", "undecided"]
@@ -138,17 +138,16 @@ def log_log_fit(
     return Estimate(float(weights @ log_y), float(np.linalg.norm(weights * log_errors)), len(log_x), "draws")
 
 
-def trend(fit: SlopeFit, band: float = BAND, confidence: float = CONFIDENCE) -> Trend:
+def trend(fit: SlopeFit, band: float = BAND) -> Trend:
     """Classify a slope as flat, growing, shrinking or undecided.
 
-    It is ``"flat"`` if the whole confidence interval lies within ``band`` of zero and the departure from the line does
+    It is ``"flat"`` if the whole 95% interval lies within ``band`` of zero and the departure from the line does
     not exceed ``band``. It is ``"grows"`` or ``"shrinks"`` if the whole interval lies outside the band and the
     departure does not exceed the slope. Otherwise it is ``"undecided"``.
 
     Args:
       fit: Slope with its error and departure.
       band: Largest absolute slope that counts as flat.
-      confidence: Level of the two-sided interval.
 
     Returns:
       The classification.
@@ -157,46 +156,9 @@ def trend(fit: SlopeFit, band: float = BAND, confidence: float = CONFIDENCE) -> 
       >>> [trend(SlopeFit(slope, error, 5, "seeds")) for slope, error in ((0.02, 0.01), (0.5, 0.01), (0.02, 0.1))]
       ['flat', 'grows', 'undecided']
     """
-    result = judge_equivalence(fit.value, fit.half_width(confidence), margin=band, threshold=band)
+    result = judge_equivalence(fit.value, fit.half_width(), margin=band, threshold=band)
     if result == "equal" and fit.departure <= band:
         return "flat"
     if result == "differs" and fit.departure <= abs(fit.value):
         return "grows" if fit.value > 0 else "shrinks"
     return "undecided"
-
-
-def assert_flat(
-    x: Sequence[float] | Float[np.ndarray, " n"],
-    y: Float[np.ndarray, "seeds n"],
-    *,
-    band: float = BAND,
-    confidence: float = CONFIDENCE,
-    label: str = "y",
-) -> SlopeFit:
-    """Assert in a test that log y does not depend on log x.
-
-    The assertion also fails if the trend is undecided. In that case use more seeds or a wider band.
-
-    Args:
-      x: Independent variable, e.g. ranks.
-      y: Quantity to test, one row per seed.
-      band: Largest absolute slope that counts as flat.
-      confidence: Level of the two-sided interval that must lie within the band.
-      label: Name of the quantity in the message.
-
-    Returns:
-      The fit.
-
-    Raises:
-      AssertionError: If the trend is not flat.
-      InputError: If `seed_slopes` rejects an argument.
-    """
-    fit = seed_fit(x, y)
-    result = trend(fit, band, confidence)
-    if result != "flat":
-        raise AssertionError(
-            f"{label} is not flat but {result}: slope {fit.value:+.3f} ± {fit.half_width(confidence):.3f} "
-            f"({confidence:.0%}, {fit.n} seeds) against a band of ±{band:g}, and largest departure from the line "
-            f"{fit.departure:.3f}"
-        )
-    return fit

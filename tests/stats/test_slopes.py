@@ -40,8 +40,7 @@ def test_the_slope_is_the_mean_over_seeds_of_least_squares():
         (SlopeFit(0.0, 0.5, 5, "seeds"), {}, "undecided"),
         (SlopeFit(0.0, math.inf, 1, "seeds"), {}, "undecided"),
         (SlopeFit(0.25, 0.0, 2, "seeds"), {"band": 0.25}, "flat"),  # the band's end belongs to it
-        (SlopeFit(0.0, 0.05, 3, "seeds"), {"confidence": 0.5}, "flat"),
-        (SlopeFit(0.0, 0.05, 3, "seeds"), {"confidence": 0.95}, "undecided"),
+        (SlopeFit(0.0, 0.05, 3, "seeds"), {}, "undecided"),
         # The departure is limited by the band for a flat trend, and by the slope for a growing one.
         (SlopeFit(0.0, 0.0, 3, "seeds", departure=0.25), {"band": 0.25}, "flat"),
         (SlopeFit(0.0, 0.0, 3, "seeds", departure=0.26), {"band": 0.25}, "undecided"),
@@ -53,20 +52,18 @@ def test_trends(fit, options, verdict):
     assert slopes.trend(fit, **options) == verdict
 
 
-def test_assert_flat():
-    flat = powers([0.01, -0.01, 0.02])
-    assert slopes.assert_flat(RANKS, flat).value == pytest.approx(0.02 / 3)
-    with pytest.raises(AssertionError, match=r"the loss.*grows.*\+0\.500"):
-        slopes.assert_flat(RANKS, powers([0.5, 0.51, 0.49]), label="the loss")
-    with pytest.raises(AssertionError, match="undecided"):
-        slopes.assert_flat(RANKS, flat[:1])
-    with pytest.raises(AssertionError, match=r"undecided.*departure.* 0\.5"):
-        slopes.assert_flat(RANKS[:3], np.tile([1.0, 10.0, 1.0], (3, 1)))
-    uncertain = powers([0.06, -0.06, 0.0])
-    slopes.assert_flat(RANKS, uncertain, confidence=0.5)
-    slopes.assert_flat(RANKS, uncertain, band=0.3)
-    with pytest.raises(AssertionError, match="undecided"):
-        slopes.assert_flat(RANKS, uncertain)
+def test_trends_of_fitted_slopes():
+    flat, uncertain = powers([0.01, -0.01, 0.02]), powers([0.06, -0.06, 0.0])
+    fit = slopes.seed_fit(RANKS, flat)
+    assert (fit.value, slopes.trend(fit)) == (pytest.approx(0.02 / 3), "flat")
+    growing = slopes.seed_fit(RANKS, powers([0.5, 0.51, 0.49]))
+    assert (growing.value, slopes.trend(growing)) == (pytest.approx(0.5), "grows")
+    assert slopes.trend(slopes.seed_fit(RANKS, flat[:1])) == "undecided", "one seed has no error"
+    bent = slopes.seed_fit(RANKS[:3], np.tile([1.0, 10.0, 1.0], (3, 1)))
+    assert bent.departure == pytest.approx(2 / 3 * math.log(10) / math.log(RANKS[2] / RANKS[0]))
+    assert slopes.trend(bent) == "undecided"
+    assert slopes.trend(slopes.seed_fit(RANKS, uncertain), band=0.3) == "flat"
+    assert slopes.trend(slopes.seed_fit(RANKS, uncertain)) == "undecided"
 
 
 def test_the_departure_is_of_the_seeds_mean_from_the_line():

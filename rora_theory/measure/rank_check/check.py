@@ -19,13 +19,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from math import nan
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
 from peft.tuners.lora import LoraLayer, ParamWrapper
 
 from rora_theory import inits, plots
@@ -54,19 +54,19 @@ from rora_theory.measure.modules import (
     unwrap,
     with_autograd,
 )
-from rora_theory.measure.progress import bar
+from rora_theory.measure.progress import progress_bar
 from rora_theory.measure.rank_check.coordinate_table import (
     MODEL,
-    MODEL_QUANTITIES,
     BatchSplit,
     Coordinate,
     judge_model,
+    rows_of_model,
     slope_rows,
 )
 from rora_theory.measure.regimes import thin
 from rora_theory.optimizers import MOMENTUM, WEIGHT_DECAY, OptimizerName
 from rora_theory.scaling import check_instance, check_integer, check_positive
-from rora_theory.stats.slopes import BAND, assert_flat
+from rora_theory.stats.slopes import BAND
 from rora_theory.validation.rules import check_list, check_steps, listed
 
 if TYPE_CHECKING:
@@ -76,9 +76,6 @@ logger = logging.getLogger(__name__)
 
 MakeOptimizer = Callable[[Iterable[torch.nn.Parameter], int], torch.optim.Optimizer]
 """Function of the trainable parameters and the rank that returns an optimizer."""
-
-LearningRate = float | Callable[[int], float]
-"""One learning rate for all ranks, or a function of the rank."""
 
 CONCLUSIONS = {
     "flat": ("do not depend on the rank", "Use the advice as it stands."),
@@ -93,36 +90,14 @@ MIXED = ("behave differently by step or split", "Compare the steps and splits in
 """Conclusion from a verdict that names steps or splits, and what to do."""
 
 
-def make_optimizer_of(
-    name: OptimizerName, learning_rate: float
-) -> Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]:
+def make_optimizer_of(name: OptimizerName, learning_rate: float) -> MakeOptimizer:
     """Return a function that creates PyTorch's optimizer with the settings of `optimizers.make_optimizer`."""
     if name == "adamw":
-        return lambda parameters: torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=WEIGHT_DECAY)
+        return lambda parameters, _: torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=WEIGHT_DECAY)
     if name == "adam":
-        return lambda parameters: torch.optim.Adam(parameters, lr=learning_rate)
+        return lambda parameters, _: torch.optim.Adam(parameters, lr=learning_rate)
     momentum = MOMENTUM if name == "momentum" else 0.0
-    return lambda parameters: torch.optim.SGD(parameters, lr=learning_rate, momentum=momentum)
-
-
-def build_optimizer(
-    make_optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer], parameters: list[torch.nn.Parameter]
-) -> torch.optim.Optimizer:
-    """Return the optimizer that a function makes of trainable parameters.
-
-    Raises:
-      InputError: If the function returns something else.
-    """
-    optimizer = make_optimizer(parameters)
-    if not hasattr(optimizer, "param_groups"):
-        raise InputError(f"make_optimizer must return an optimizer of PyTorch, got {shown(optimizer)}")
-    return optimizer
-
-
-def adamw(learning_rate: LearningRate) -> MakeOptimizer:
-    """Return a function that creates AdamW at a learning rate."""
-    rate_of = learning_rate if callable(learning_rate) else lambda _: learning_rate
-    return lambda parameters, rank: torch.optim.AdamW(parameters, lr=rate_of(rank))
+    return lambda parameters, _: torch.optim.SGD(parameters, lr=learning_rate, momentum=momentum)
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,19 +105,15 @@ class TorchCheck:
     """Result of `coordinate_check`.
 
     Attributes:
-      ranks: Ranks in ascending order.
-      values: Sizes by coordinate, each an array [seeds, ranks]. ``hidden`` and ``logits`` are the root mean square of
-        the change of the final hidden states (the output head's inputs) and of the logits. ``output`` is the root mean
-        square of gamma B A x of each kind of module. ``loss`` is the loss.
-      sizes: Sizes as a tidy frame with a row for each rank, seed and coordinate.
+      sizes: Sizes as a tidy frame with a row for each rank, seed and coordinate. ``hidden`` and ``logits`` are the root
+        mean square of the change of the final hidden states (the output head's inputs) and of the logits. ``output`` is
+        the root mean square of gamma B A x of each kind of module. ``loss`` is the loss.
       slopes: Frame with a row for each coordinate: log-log slope against the rank, its error and verdict.
       verdict: Verdict on the whole model, its hidden states and logits: ``"flat"``, ``"grows with the rank"``, ...
       scope: Sentence with the model, ranks, steps and draws that the verdict rests on.
       band: Largest absolute slope that counts as flat.
     """
 
-    ranks: tuple[int, ...]
-    values: Mapping[Coordinate, Float[np.ndarray, "seeds ranks"]]
     sizes: pd.DataFrame
     slopes: pd.DataFrame
     verdict: str
@@ -165,34 +136,21 @@ class TorchCheck:
         """
         return plots.plot_check(self.sizes, self.slopes, self.band)
 
-    def assert_flat(self, *, split: BatchSplit | None = None, step: int | None = None) -> None:
+    def assert_flat(self) -> None:
         """Assert that the changes of hidden states and logits do not depend on the rank, for use in test suites.
 
-        Args:
-          split: Split to test; None tests all.
-          step: Number of updates after which to test; None tests all.
-
         Raises:
-          AssertionError: If a slope is outside the band, or if the seeds leave it undecided.
-          InputError: If nothing was measured for the split and step.
+          AssertionError: If a slope at any of the steps and splits is outside the band, or if the seeds leave it
+            undecided. The message states each such slope.
         """
-        # Hidden states and logits at the selected splits and steps.
-        coordinates = [
-            coordinate
-            for coordinate in self.values
-            if (coordinate.module, coordinate.quantity) in MODEL_QUANTITIES
-            and split in (None, coordinate.split)
-            and step in (None, coordinate.step)
-        ]
-        if not coordinates:
-            measured = sorted({(coordinate.split, coordinate.step) for coordinate in self.values})
-            raise InputError(
-                f"nothing was measured for split {split!r} and step {step!r}; measured pairs: "
-                + ", ".join(f"({name!r}, {number})" for name, number in measured)
-            )
-        for coordinate in coordinates:
-            label = f"{coordinate.quantity} of the model on {coordinate.split} at step {coordinate.step}"
-            assert_flat(self.ranks, self.values[coordinate], band=self.band, label=label)
+        if self.verdict != "flat":
+            slopes = [
+                f"{row['quantity']} of the model on {row['split']} at step {row['step']} is not flat but "
+                f"{row['verdict']}: slope {row.get('slope', nan):+.3f} ± {row.get('half_width', nan):.3f}"
+                for row in rows_of_model(self.slopes.to_dict("records"))
+                if row["verdict"] != "flat"
+            ]
+            raise AssertionError("\n".join([self.sentence(), *slopes]))
 
 
 def coordinate_check(
@@ -201,7 +159,7 @@ def coordinate_check(
     ranks: Sequence[int] = (2, 8, 32, 128),
     *,
     held_out: Batch | None = None,
-    learning_rate: LearningRate = 1e-4,
+    learning_rate: float = 1e-4,
     make_optimizer: MakeOptimizer | None = None,
     loss: Loss | None = None,
     steps: Sequence[int] = (1, 2, 5, 10),
@@ -227,7 +185,7 @@ def coordinate_check(
       batch: Batch of every step, or a sequence of batches that the steps cycle through, with labels.
       ranks: Two or more ranks.
       held_out: Batch that is never trained on, without the tokens that repeat the beginning of the first batch.
-      learning_rate: Learning rate of AdamW in your training: a number, or a function of the rank.
+      learning_rate: Learning rate of AdamW in your training.
       make_optimizer: Function of the adapter's parameters and the rank that returns another optimizer, for which
         ``learning_rate`` has no effect. None is AdamW.
       loss: Function of the model and a batch; None is ``model(**batch).loss``.
@@ -235,8 +193,7 @@ def coordinate_check(
       seeds: Number of draws of A; at least 2, which error bars need.
       band: Largest absolute slope that counts as flat.
       seed: Seed of all draws.
-      progress: Whether to show transformers' progress bar, which states the numbers of training steps and forward
-        passes before they start.
+      progress: Whether to show transformers' progress bar of the training steps.
 
     Returns:
       The sizes, slopes and verdict.
@@ -266,39 +223,23 @@ def coordinate_check(
         check_batch("held_out", held_out)
     check_positive("band", band)
     compute_loss = loss_function(loss)
-    if make_optimizer is None:
-        for rank in ranks:
-            check_positive("learning_rate", learning_rate(rank) if callable(learning_rate) else learning_rate)
-    else:
+    if make_optimizer is not None:
         check_instance("make_optimizer", make_optimizer, Callable, "a function")
-    make_optimizer_of_rank = adamw(learning_rate) if make_optimizer is None else make_optimizer
+    check_positive("learning_rate", learning_rate)
+    make_optimizer = make_optimizer or make_optimizer_of("adamw", learning_rate)
     # Sizes by coordinate, seed and rank; NaN marks what is not measured.
     values: dict[Coordinate, np.ndarray] = {}
     optimizers: list[str] = []
     runs = [(draw, column, rank) for draw in range(seeds) for column, rank in enumerate(ranks)]
-    total = len(runs) * max(steps)
-    # Forward passes after the steps, and those of the base model, once or (with another base model each time) per run.
-    splits = 1 if held_out is None else 2
-    evaluations = len(runs) * len(steps) * splits
-    base_passes = len({(step - 1) % len(batches) for step in steps}) + splits - 1
-    cost = (
-        f"{total} training steps and {evaluations + base_passes} to {evaluations + len(runs) * base_passes} "
-        "forward passes"
-    )
-    description = f"Checking {len(ranks)} ranks with {seeds} draws of A ({cost})"
+    total, description = len(runs) * max(steps), f"Checking {len(ranks)} ranks with {seeds} draws of A"
     first_steps = FirstSteps(batches, held_out, steps, loss=compute_loss)
-    with with_autograd(), bar(total, description=description, unit="step", shown=progress) as progress_bar:
+    with with_autograd(), progress_bar(total, description=description, unit="step", shown=progress) as bar:
         for draw, column, rank in runs:
             model = make_model(rank)
             check_instance(f"make_model({rank})", model, torch.nn.Module, "a torch.nn.Module")
             model = unwrap(model)
             sizes_of_run = first_steps.measure(
-                model,
-                rank,
-                [seed, draw],
-                partial(_make_at, make_optimizer_of_rank, rank),
-                progress_bar.update,
-                partial(_show_stage, progress_bar, rank),
+                model, rank, [seed, draw], make_optimizer, on_step=bar.update, on_stage=bar.set_postfix_str
             )
             # Record the size of every coordinate.
             for coordinate, value in sizes_of_run:
@@ -326,15 +267,7 @@ def coordinate_check(
     )
     slope_frame = pd.DataFrame(slopes)
     thin.warn((sizes, slope_frame), thin.rank_warnings(ranks))
-    return TorchCheck(ranks, values, sizes, slope_frame, judge_model(slopes), scope, band)
-
-
-def _show_stage(progress_bar: Any, rank: int, work: str) -> None:
-    progress_bar.set_postfix_str(f"rank {rank}: {work}")
-
-
-def _make_at(make_optimizer: MakeOptimizer, rank: int, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    return make_optimizer(parameters, rank)
+    return TorchCheck(sizes, slope_frame, judge_model(slopes), scope, band)
 
 
 def module_name(model: torch.nn.Module, name: str) -> str:
@@ -496,7 +429,7 @@ class FirstSteps:
         model: torch.nn.Module,
         rank: int,
         seeds: list[int],
-        make_optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer],
+        make_optimizer: MakeOptimizer,
         on_step: Callable[[], Any] = lambda: None,
         on_stage: Callable[[str], Any] = lambda _: None,
     ) -> list[tuple[Coordinate, float]]:
@@ -508,7 +441,7 @@ class FirstSteps:
           model: PEFT model with a fresh adapter.
           rank: Rank of the adapter.
           seeds: Seeds of A, which is nested over ranks.
-          make_optimizer: Function that returns the optimizer of the adapter's parameters.
+          make_optimizer: Function that returns the optimizer of the adapter's parameters at the rank.
           on_step: Function that is called after each step.
           on_stage: Function of a description of the work that begins.
 
@@ -530,14 +463,25 @@ class FirstSteps:
             _draw_nested(layers, model, seeds)
             # Outputs of the base model, unless they are those of the run before.
             if self._reference is None or not self._reference.is_of(model, layers):
-                on_stage("outputs of the base model")
+                on_stage(f"rank {rank}: outputs of the base model")
                 self._reference = None  # frees the outputs of another base model first
                 self._reference = self._compute_reference(model, layers)
-            optimizer = build_optimizer(make_optimizer, trainable_parameters(model))
+            optimizer = make_optimizer(trainable_parameters(model), rank)
+            if not hasattr(optimizer, "param_groups"):
+                raise InputError(f"make_optimizer must return an optimizer of PyTorch, got {shown(optimizer)}")
             self.optimizer = _describe_optimizer(optimizer)
             dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
             self.model = f"{type(base_model(model)).__name__} in {dtype}"
-            return list(self._train(model, layers, self._reference, optimizer, on_step, on_stage))
+            return list(
+                self._train(
+                    model,
+                    layers,
+                    self._reference,
+                    optimizer,
+                    on_step,
+                    lambda work: on_stage(f"rank {rank}: {work}"),
+                )
+            )
 
     def _compute_reference(self, model: torch.nn.Module, layers: Mapping[str, tuple[LoraLayer, str]]) -> _Reference:
         """Compute the outputs of the base model, while B is still 0, on the batches that are measured."""

@@ -3,7 +3,7 @@
 `rora_theory.measure.rank_check.check` measures the sizes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -89,9 +89,14 @@ def slope_rows(
     return rows
 
 
-def judge_model(rows: Sequence[Mapping[Any, Any]]) -> str:
+def rows_of_model(rows: Iterable[Mapping[Any, Any]]) -> list[Mapping[Any, Any]]:
+    """Return the rows of `slope_rows` on the final hidden states and the logits."""
+    return [row for row in rows if (row["module"], row["quantity"]) in MODEL_QUANTITIES]
+
+
+def judge_model(rows: Iterable[Mapping[Any, Any]]) -> str:
     """Summarise the verdicts on the final hidden states and the logits in `slope_rows`."""
-    return summarise_verdicts([row["verdict"] for row in rows if (row["module"], row["quantity"]) in MODEL_QUANTITIES])
+    return summarise_verdicts([row["verdict"] for row in rows_of_model(rows)])
 
 
 def summarise_verdicts(verdicts: Sequence[str]) -> str:

@@ -7,7 +7,7 @@
 The measurement trains nothing and leaves the model unchanged.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +29,6 @@ from rora_theory.errors import InputError, shown
 from rora_theory.inits import Init
 from rora_theory.laws.random import seeds
 from rora_theory.measure import hooks
-from rora_theory.measure import progress as progress_bars
 from rora_theory.measure.batches import (
     Batch,
     Loss,
@@ -58,8 +57,9 @@ from rora_theory.measure.modules import (
     with_autograd,
     without_adapters,
 )
+from rora_theory.measure.progress import progress_bar
 from rora_theory.measure.regimes import module_regime, thin
-from rora_theory.measure.regimes.layer import SPLITS, Layer, Split
+from rora_theory.measure.regimes.layer import Layer, Split
 from rora_theory.measure.regimes.module_regime import Regime, RegimeConfig, RegimeRows
 from rora_theory.measure.tokens import choose_tokens
 from rora_theory.optimizers import FAMILY, Optimizer
@@ -73,12 +73,6 @@ With ``exact`` it predicts the size of the step at two ranks only, because Adam'
 
 RETURN_TYPE_PREFIX = "returns a"
 """Beginning of the reason in `TorchRegime.left_out` for a module that does not return a tensor."""
-
-CALIBRATION_SIZE = 256
-"""Width of the square random module that is measured to estimate the total time."""
-
-Draw = Callable[[RegimeConfig, Layer, Init], Float[np.ndarray, "rows p_in"]]
-"""Function of the configuration, a layer and an initialisation that draws rows of A."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,7 +189,6 @@ def regime(
     *,
     layers: Sequence[int] | None = None,
     adapters: Literal["off", "on"] = "off",
-    lora_A: Draw | None = None,
     progress: bool = False,
 ) -> TorchRegime:
     """Measure the regime of every target module, in the model's own process, dtype and device.
@@ -227,8 +220,7 @@ def regime(
         model that takes less time. None measures all.
       adapters: ``"off"`` to measure the base model; ``"on"`` to measure the adapted model, as at a later step of a
         run. The law then describes a fresh adapter added to the adapted model.
-      lora_A: Function that draws the rows of A for crossing distances; None draws them with NumPy.
-      progress: Whether to show transformers' progress bar, which states the estimated cost before it starts.
+      progress: Whether to show transformers' progress bar.
 
     Returns:
       The measured regime.
@@ -243,8 +235,6 @@ def regime(
     config = DEFAULT if config is None else config
     check_instance("config", config, RegimeConfig, "a RegimeConfig")
     check_choice("adapters", adapters, ("off", "on"))
-    if lora_A is not None:
-        check_instance("lora_A", lora_A, Callable, "a function")
     compute_loss = loss_function(loss)
     for name, value in (("batch", batch), ("held_out", held_out)):
         check_batch(name, value)
@@ -259,9 +249,9 @@ def regime(
         model = base
     # The progress bar counts weights, because the work on a module is proportional to them.
     sizes = {name: linear_size(module) for name, module in modules.items()}
-    cost = _estimate_cost(config, sum(sizes.values())) if progress else ""
-    description = f"Measuring {len(modules)} modules{cost}"
-    bar = progress_bars.bar(sum(sizes.values()), description=description, unit=" weights", shown=progress)
+    bar = progress_bar(
+        sum(sizes.values()), description=f"Measuring {len(modules)} modules", unit=" weights", shown=progress
+    )
     with bar, with_autograd(), preserved_state(model), ExitStack() as stack:
         if adapters == "off":
             stack.enter_context(without_adapters(model))
@@ -287,7 +277,7 @@ def regime(
         # Forward and backward pass of the batch: reduce each module's gradient as soon as it is complete.
         training_masks = find_masks(base, batch)
         training_masks.is_sequence_first = sampler.masks.is_sequence_first
-        reducer = _GradientReducer(config, training_masks, sampler, lora_A or _draw_distance_rows)
+        reducer = _GradientReducer(config, training_masks, sampler)
 
         def on_gradient(name: str, grad: torch.Tensor, inputs: list[hooks.Inputs]) -> None:
             reducer.add(name, grad, inputs)
@@ -475,8 +465,8 @@ class _GradientReducer:
       left_out: Reason for each module that reads other positions than the batch's tokens.
     """
 
-    def __init__(self, config: RegimeConfig, masks: MasksByShape, held_out: _InputSampler, draw: Draw) -> None:
-        self._config, self._masks, self._held_out, self._draw = config, masks, held_out, draw
+    def __init__(self, config: RegimeConfig, masks: MasksByShape, held_out: _InputSampler) -> None:
+        self._config, self._masks, self._held_out = config, masks, held_out
         self.rows: dict[str, RegimeRows] = {}
         self.left_out: dict[str, str] = {}
         self._latest = _LatestSample()  # of the training batch, over all modules
@@ -502,27 +492,10 @@ class _GradientReducer:
 
             stepped = drawn_steps.measure_adapters(config, layer)
 
-        # Copy the rows of A, because PyTorch warns about arrays that are not writable, such as JAX's.
-        def draw_rows(init: Init) -> np.ndarray:
-            return np.array(self._draw(config, layer, init))
-
         # Evaluate the law.
         counts = {"train": training.counts[name], "heldout": self._held_out.counts[name]}
+        draw_rows = partial(_draw_distance_rows, config, layer)
         self.rows[name] = module_regime.measure_module(config, layer, index, draw_rows, stepped, counts, _multiply)
-
-
-def _estimate_cost(config: RegimeConfig, weights: int) -> str:
-    """Describe the cost of a measurement, estimated from the time that a small module takes on this machine."""
-    random, size = np.random.default_rng(0), CALIBRATION_SIZE
-    inputs: dict[str, np.ndarray] = {split: random.standard_normal((config.tokens, size)) for split in SPLITS}
-    layer = Layer("calibration", random.standard_normal((size, size)), inputs)
-
-    def measure() -> None:
-        module_regime.measure_module(config, layer, 0, partial(_draw_distance_rows, config, layer), multiply=_multiply)
-
-    duration = progress_bars.format_duration(progress_bars.time_shortest_call(measure) * weights / size**2)
-    adapters = ", plus the training of adapters" if config.rows else ""
-    return f" (two forward passes, one backward pass, and about {duration} on the host{adapters})"
 
 
 def _sample_keys(counts: Mapping[str, int], seed: list[int]) -> Float[np.ndarray, " read"]:

@@ -212,7 +212,7 @@ class Regime:
         crossings, results, crossing_distances, tokens = map(frames.from_rows, RegimeRows.concatenate(parts), columns)
         return cls(crossings, results, crossing_distances, tokens, training_loss, held_out_loss)
 
-    def sentence(self, optimizer: Optimizer = "adam", init: Init = "kaiming_uniform", split: Split = "heldout") -> str:
+    def sentence(self, optimizer: Optimizer = "adam", init: Init = "kaiming_uniform") -> str:
         """Return a sentence with the rank above which the signal term dominates, and the check to run next.
 
         The values of single modules and of a typical token are in `crossings`.
@@ -220,16 +220,14 @@ class Regime:
         Args:
           optimizer: Optimizer of the step.
           init: Initialisation of A.
-          split: Split at which the change is measured.
 
         Raises:
           InputError: If nothing was measured for these arguments.
         """
-        ranks = self.crossings_of(optimizer, init, split)["crossing_rank"].astype(float)
-        tokens = {"train": "training tokens", "heldout": "held-out tokens"}[split]
+        ranks = self.crossings_of(optimizer, init, "heldout")["crossing_rank"].astype(float)
         return (
             f"In the first step of a module, the signal term dominates above rank {ranks.median():.3g} "
-            f"({DISPLAY_NAMES[optimizer]}, {init}, {tokens}; median of {len(ranks)} modules, "
+            f"({DISPLAY_NAMES[optimizer]}, {init}, held-out tokens; median of {len(ranks)} modules, "
             f"range {ranks.min():.3g} to {ranks.max():.3g}). "
             "The whole model can differ: run a coordinate check."
         )

@@ -149,8 +149,6 @@ def test_the_rule_that_preserves_the_first_step(arguments, training, verdict) ->
             AssertionError, match=f"(hidden|logits) of the model on train at step 1 is not flat but {verdict[:5]}"
         ):
             check.assert_flat()
-    with pytest.raises(InputError, match="split 'held_out'"):
-        check.assert_flat(split="held_out")
 
 
 def test_custom_loss_optimizer_and_batches() -> None:
@@ -211,15 +209,19 @@ def test_models_are_stepped_in_their_own_mode_and_share_their_dropout(training) 
 
 
 def test_custom_learning_rates() -> None:
-    """It is a number or a function of the rank; under Adam an adapter's change in a step is proportional to it."""
+    """Under Adam an adapter's change in a step is proportional to the rate, which may depend on the rank."""
     sizes = {}
-    for name, rate, described in (
-        ("plain", 1e-5, "AdamW at 1e-05,"),
-        ("number", 3e-4, "AdamW at 0.0003,"),
-        ("function", lambda rank: rank * 1e-5, "AdamW at 4e-05; AdamW at 8e-05,"),
+
+    def optimizer(parameters, rank):
+        return torch.optim.AdamW(parameters, lr=rank * 1e-5)
+
+    for name, arguments, described in (
+        ("plain", {"learning_rate": 1e-5}, "AdamW at 1e-05,"),
+        ("number", {"learning_rate": 3e-4}, "AdamW at 0.0003,"),
+        ("function", {"make_optimizer": optimizer}, "AdamW at 4e-05; AdamW at 8e-05,"),
     ):
         check = coordinate_check(
-            maker(target_modules=["q_proj"]), BATCHES[0], RANKS[:2], learning_rate=rate, steps=(1,), seeds=2
+            maker(target_modules=["q_proj"]), BATCHES[0], RANKS[:2], steps=(1,), seeds=2, **arguments
         )
         assert described in check.scope
         sizes[name] = check.sizes.query("quantity == 'output'").set_index("rank")["value"]
@@ -228,9 +230,9 @@ def test_custom_learning_rates() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", pytest.param("vit", marks=pytest.mark.slow)])
-def test_outputs_of_an_unchanged_base_are_computed_once(family, capsys) -> None:
+def test_outputs_of_an_unchanged_base_are_computed_once(family) -> None:
     """They are the reference of every rank and draw, unless `make_model` returns another base or changes it in place.
-    The bar states the number of forward passes. A vision model has no output embeddings at which to read logits."""
+    A vision model has no output embeddings at which to read logits."""
     batch, held_out = torch_models.batch(family), torch_models.batch(family, seed=1)
     base, seeds = torch_models.model(family), list(range(6)) * 2
     passes: list[bool] = []
@@ -249,9 +251,8 @@ def test_outputs_of_an_unchanged_base_are_computed_once(family, capsys) -> None:
             return model
 
         passes.clear()
-        arguments = {"held_out": held_out, "steps": (1, 2), "seeds": 2, "progress": True}
+        arguments = {"held_out": held_out, "steps": (1, 2), "seeds": 2}
         sizes = coordinate_check(make_model, batch, RANKS, **arguments).sizes["value"].to_numpy()
-        assert "(12 training steps and 26 to 36 forward passes)" in capsys.readouterr().err
         return sizes, (passes.count(True), passes.count(False))
 
     shared, calls = check(lambda: base)
@@ -338,7 +339,7 @@ def test_a_held_out_batch_is_measured_at_its_unseen_tokens() -> None:
     with pytest.raises(InputError, match="held_out has no token"):
         coordinate_check(maker(), batch, RANKS, held_out=batch, steps=(1,), seeds=2)
     check = coordinate_check(maker(), batch, held_out=held_out, steps=(1,))
-    assert check.ranks == (2, 8, 32, 128), "the default"
+    assert list(dict.fromkeys(check.sizes["rank"])) == [2, 8, 32, 128], "the default"
     assert set(check.sizes["seed"]) == {0, 1, 2}, "the default"
     assert set(check.slopes["split"]) == {"train", "held_out"}
     assert set(check.slopes.query("module == 'down_proj'")["quantity"]) == {"output"}
@@ -366,7 +367,6 @@ def test_a_held_out_batch_is_measured_at_its_unseen_tokens() -> None:
         ({}, {"steps": 3}, "steps .* 3$"),
         ({}, {"steps": ("a",)}, "steps .* 'a'$"),
         ({}, {"learning_rate": "x"}, "learning_rate .* 'x'$"),
-        ({}, {"learning_rate": lambda rank: 4.0 - rank}, "learning_rate .* 0.0$"),
         ({}, {"make_optimizer": 3}, "make_optimizer .* 3$"),
         ({}, {"make_optimizer": lambda *_: None}, "make_optimizer .* None$"),
         ({}, {"loss": lambda *_: None}, "loss .* None$"),
