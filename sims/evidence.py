@@ -70,10 +70,10 @@ def report_evidence(config: EvidenceOptions) -> None:
     folder = RunFolder.open(NAME, identity, out=config.out, seed=0, extra={"units": UNITS})
     written = {"results.csv": costs, "best_rates.csv": best, "policies.csv": by_policy}
     written |= {"absolute_policies.csv": absolute, "starting_rates.csv": starting, "loss_spreads.csv": spreads}
-    written |= {"sources.csv": source_tables.source_table(), "summary_by_rank.csv": rates_by_rank(best)}
+    written["sources.csv"] = source_tables.source_table()
     written |= {f"{name}.csv": table for name, table in computed.items() if name not in ("best_rates", "regrets")}
     # Pages name sources by their titles.
-    for name in ("exponents.csv", "calibration.csv", "summary_by_rank.csv"):
+    for name in ("exponents.csv", "calibration.csv"):
         written[name] = written[name].assign(title=written[name]["source"].map(title_of))
     for name, table in written.items():
         folder.write_frame(table, name)

@@ -29,6 +29,9 @@ EXPONENT_COLUMNS = (
 )  # fmt: skip
 """Columns of the table of `exponents`."""
 
+FIRST_RANKS = (1, 4, 16)
+"""Lowest ranks from which exponents are estimated."""
+
 
 def best_rates(sweeps: Iterable[Sweep]) -> "pd.DataFrame":
     """Compute the best rate of every curve.
@@ -120,12 +123,11 @@ def estimate_exponent(
     return estimate, len(points), count
 
 
-def exponents(sweeps: Sequence[Sweep], *, first_ranks: Sequence[int] = (1, 4, 16)) -> "pd.DataFrame":
+def exponents(sweeps: Sequence[Sweep]) -> "pd.DataFrame":
     """Estimate the exponents of the best rate in the rank at one G, or along the sweep's own path of rank and G.
 
     Args:
       sweeps: Sweeps of one source.
-      first_ranks: Lowest ranks from which exponents are estimated.
 
     Returns:
       A table with the columns `EXPONENT_COLUMNS`. ``over`` is ``"rank"`` if G is the same in all curves, and ``"rank
@@ -133,7 +135,7 @@ def exponents(sweeps: Sequence[Sweep], *, first_ranks: Sequence[int] = (1, 4, 16
     """
     rows = []
     changes_gain = any(not math.isclose(curve.gain, sweep.curves[0].gain) for sweep in sweeps for curve in sweep.curves)
-    for first in first_ranks:
+    for first in FIRST_RANKS:
         ranks = [f.curve.rank for sweep in sweeps for f in sweep.fits if f.is_inside and f.curve.rank >= first]
         for method in get_args(Method):
             try:

@@ -5,7 +5,7 @@ paired by step. With `alpha / r` at one alpha, equal losses are a coordinate che
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 PHASES = ((5, 16), (17, 64), (65, 467))
 """First and last step of each phase of a run."""
+
+FIRST_RANKS = (1, 8, 16)
+"""Lowest ranks from which the largest difference between two ranks is computed."""
 
 SPEED_STEPS = (8, 120)
 """First and last step from which the speed of the descent is estimated, far below the best rate."""
@@ -141,12 +144,11 @@ def loss_difference_table(histories: Mapping[tuple[str, float], History]) -> "pd
     return frames.from_rows(rows, DIFFERENCE_COLUMNS)
 
 
-def spread_table(differences: "pd.DataFrame", first_ranks: Sequence[int] = (1, 8, 16)) -> "pd.DataFrame":
+def spread_table(differences: "pd.DataFrame") -> "pd.DataFrame":
     """Return the largest difference of the mean loss between two ranks, by phase and lowest rank.
 
     Args:
       differences: `loss_difference_table`.
-      first_ranks: Lowest ranks.
 
     Returns:
       A table with the columns `SPREAD_COLUMNS`; ``spread`` is in nats per token.
@@ -159,7 +161,7 @@ def spread_table(differences: "pd.DataFrame", first_ranks: Sequence[int] = (1, 8
     rows = []
     keys = ["source", "model", "learning_rate", "first_step", "last_step"]
     for phase, members in differences.groupby(keys, sort=False):
-        for first in first_ranks:
+        for first in FIRST_RANKS:
             selected = members[members["rank"] >= first]
             if selected["rank"].min() == first and len(selected) > 1:
                 spread = float(np.ptp(selected["mean_loss"].to_numpy(float)))

@@ -31,7 +31,7 @@ def power_of_gain(power: float) -> RateFactor:
     return lambda _, old_gain, __, gain: (gain / old_gain) ** power
 
 
-def first_step(crossing_rank: float = CROSSING_RANK) -> RateFactor:
+def first_step_with_cross_talk(crossing_rank: float = CROSSING_RANK) -> RateFactor:
     r"""Return the policy that preserves the size of Adam's first step.
 
     Its mean square is proportional to :math:`(\eta G)^2 (1 + c / r)`, with the linear term c of the crossing rank
@@ -69,12 +69,13 @@ def with_rank(policy: RateFactor, power: float) -> RateFactor:
     return lambda old_rank, old_gain, rank, gain: policy(old_rank, old_gain, rank, gain) * (rank / old_rank) ** power
 
 
-def with_crossing_rank(policy: RateFactor, crossing_rank: float = CROSSING_RANK) -> RateFactor:
+def with_crossing_rank(policy: RateFactor) -> RateFactor:
     r"""Return a policy whose rate is multiplied by the effect of the rank on Adam's first step at one G.
 
-    The factor is :math:`\sqrt{(1 + c / r) / (1 + c / r')}`, see `first_step`: a lower rank has more cross-talk.
+    The factor is :math:`\sqrt{(1 + c / r) / (1 + c / r')}`, see `first_step_with_cross_talk`: a lower rank has more
+    cross-talk.
     """
-    step = first_step(crossing_rank)
+    step = first_step_with_cross_talk()
     return lambda old_rank, old_gain, rank, gain: (
         policy(old_rank, old_gain, rank, gain) * step(old_rank, 1.0, rank, 1.0)
     )
@@ -95,7 +96,7 @@ POLICIES: Mapping[str, RateFactor] = {
     "1/G": power_of_gain(-1.0),
     "G^-0.5": power_of_gain(-0.5),
     "G^-0.75": power_of_gain(-0.75),
-    "first step": first_step(),
+    "first step with cross-talk": first_step_with_cross_talk(),
     "displacement law": displacement_law(),
     "law with cross-talk": with_crossing_rank(displacement_law()),
     "rora transfer": advised,
@@ -110,7 +111,7 @@ ORIGINS: Mapping[str, str] = {
     "1/G": "none",
     "G^-0.5": "none",
     "G^-0.75": "the power was chosen after the runs of SmolLM2-135M",
-    "first step": "crossing rank of SmolLM2-135M and Gemma 3 270M",
+    "first step with cross-talk": "crossing rank of SmolLM2-135M and Gemma 3 270M",
     "displacement law": "K of our three models",
     "law with cross-talk": "K of our three models; crossing rank of SmolLM2-135M and Gemma 3 270M",
     "rora transfer": "K of our three models; the rank's power of Tinker's models",

@@ -22,7 +22,7 @@ from rora_theory.errors import InputError
 from rora_theory.evidence.policies import advised
 from rora_theory.evidence.sources import PACKAGE, read_table
 from rora_theory.runs import frames
-from rora_theory.scaling import Rule, check_choice, check_integer, check_positive, scaling_factor
+from rora_theory.scaling import check_choice, check_positive
 from rora_theory.stats.slopes import slope_weights
 
 if TYPE_CHECKING:
@@ -201,24 +201,15 @@ def families() -> tuple[str, ...]:
     return tuple(dict.fromkeys(model.family for model in models()))
 
 
-def starting_rate(
-    *,
-    family: str | None = None,
-    parameters: float | None = None,
-    rank: int = RANK,
-    alpha: float = ALPHA,
-    rule: Rule = "lora",
-) -> StartingRate:
+def starting_rate(*, family: str | None = None, parameters: float | None = None) -> StartingRate:
     """Return a learning rate to start from, and how far the best rate of a model may lie from it.
 
-    It holds for AdamW on all linear layers with batches of 128 and about 780 steps with linear decay.
+    It holds for AdamW on all linear layers at rank 16 and alpha 32 with `alpha / r`, with batches of 128 and about 780
+    steps with linear decay. `rora_theory.evidence.rate_prior.rate_prior` transfers it to another run.
 
     Args:
       family: Family of the model, one of `families`; None is a family that was not measured.
       parameters: Number of parameters in billions, all experts included; None is not known.
-      rank: Rank of the adapter. The rate is transferred to it by `rora_theory.transfer`.
-      alpha: Alpha of the adapter, likewise.
-      rule: Scaling rule.
 
     Returns:
       The rate as the mean and the standard deviation of its natural logarithm.
@@ -234,11 +225,7 @@ def starting_rate(
         check_choice("family", family, families())
     if parameters is not None:
         check_positive("parameters", parameters)
-    check_integer("rank", rank)
-    gain = scaling_factor(rule, alpha=alpha, rank=rank) * rank
-    at_reference = _fitted().predict(family, parameters)
-    factor = advised(RANK, ALPHA, rank, gain)
-    return StartingRate(at_reference.log_mean + math.log(factor), at_reference.log_spread, at_reference.models)
+    return _fitted().predict(family, parameters)
 
 
 def starting_table() -> "pd.DataFrame":

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from rora_theory import InputError
+from rora_theory import InputError, Setting, transfer
 from rora_theory.advice.best_rate import Run, best_rate_change
 from rora_theory.evidence.rate_prior import CURVATURE, REFERENCE, RateBelief, expected_rate, rate_prior
 from rora_theory.evidence.starting_rates import models, starting_rate
@@ -18,6 +18,10 @@ def test_the_prior_is_the_public_sweeps_carried_to_the_planned_run() -> None:
     assert theirs.mean == pytest.approx(starting_rate(parameters=1.0).log_mean, rel=1e-12)
     assert small.rates.best > large.rates.best
     assert 1e-4 < large.rates.best < 1e-3
+    # Another rank and alpha follow the advice.
+    moved = rate_prior(Run(64, 16.0, 780, "cosine", 128), parameters=1.0)
+    expected = transfer(Setting(16, 32.0, 1e-4), 64, alpha=16.0).learning_rate / 1e-4
+    assert moved.rates.best / small.rates.best == pytest.approx(expected)
     planned = Run(8, 16.0, 20_000, "constant", 4)
     far, change = rate_prior(planned, parameters=1.0), best_rate_change(REFERENCE, planned)
     assert far.mean == pytest.approx(small.mean + change.mean)

@@ -15,7 +15,7 @@ from rora_theory.evidence.policies import (
     POLICIES,
     advised_range,
     cookbook_rate,
-    first_step,
+    first_step_with_cross_talk,
     policies_for,
     power_of_gain,
     with_rank,
@@ -32,7 +32,7 @@ def test_the_policies_are_the_stated_functions() -> None:
     assert with_rank(power_of_gain(0.0), 0.15)(8, 16.0, 64, 16.0) == pytest.approx(8**0.15)
     # Size of Adam's first step: eta G sqrt(1 + c / r) with c = 8.
     size = {rank: 32.0 * math.sqrt(1 + 8 / rank) for rank in (4, 64)}
-    assert first_step(10.0)(4, 32.0, 64, 32.0) == pytest.approx(size[4] / size[64])
+    assert first_step_with_cross_talk(10.0)(4, 32.0, 64, 32.0) == pytest.approx(size[4] / size[64])
     advice = transfer(Setting(16, 16.0, 2e-4), 128, alpha=128.0)
     low, best, high = advised_range(16, 16.0, 128, 128.0)
     assert best == pytest.approx(advice.learning_rate / 2e-4)
