@@ -24,7 +24,6 @@ from figures.sweep import (
     points,
     select_model,
 )
-from rora_theory.paper import published
 from rora_theory.runs import frames
 from rora_theory.validation.ranges import Positive, check_ranges
 from rora_theory.validation.rules import check_unread
@@ -46,8 +45,6 @@ class AccuracyVsRankOptions:
     """Draw each method and rank at its best learning rate"""
     answers: bool = False
     """Draw the loss on the answers instead of the loss on all tokens"""
-    paper: bool = False
-    """Add a panel with published numbers for LLaMA-7B: the paper's and those of the repository that its Fig. 1 cites"""
     name: str | None = None
     """Name of the model in the title; by default the name of its folder."""
     out: Path | None = None
@@ -73,8 +70,8 @@ def draw_accuracy_vs_rank(config: AccuracyVsRankOptions) -> Sequence[Path]:
     if all(cells.empty for cells in lines.values()):
         style.fail(f"{config.run}: has no cell of {', '.join(METHODS)}. Choose a run with at least one.")
     paired = differences(config, lines)
-    # Panels: the loss, its paired difference from LoRA, further measures, and the printed accuracies.
-    count = len(panels) + (not paired.empty) + config.paper
+    # Panels: the loss, its paired difference from LoRA, and further measures.
+    count = len(panels) + (not paired.empty)
     figure, axes = style.panels(count)
     if not paired.empty:
         draw_differences(axes[1], paired, config.answers)
@@ -90,8 +87,6 @@ def draw_accuracy_vs_rank(config: AccuracyVsRankOptions) -> Sequence[Path]:
         draw_levels(axis, rows, column, unit)
         axis.set_ylabel(label)
         rank_axis(axis, lines)
-    if config.paper:
-        draw_published(axes[-1])
     # One legend below all panels.
     caption = run_title(manifest, pd.concat(lines.values()), config)
     style.legend(figure, style.named(axes) | diverged_handles(drawn_lines), caption + describe_seed_marks(drawn_lines))
@@ -160,26 +155,6 @@ def rank_axis(axis: Any, lines: dict[str, pd.DataFrame]) -> None:
 
 def _gamma(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
-
-
-def draw_published(axis: Any) -> None:
-    """Draw the published averages on LLaMA-7B, which use another model and another protocol."""
-    # DoRA's repository has several ranks: draw lines.
-    for method in ("LoRA", "DoRA"):
-        rows = [r for r in published.published_rows("DoRA repository") if (r.model, r.method) == ("LLaMA-7B", method)]
-        _, colour, marker = style.look(method.lower())
-        ranks, averages = [r.rank for r in rows], [r.average for r in rows]
-        axis.plot(ranks, averages, color=colour, marker=marker, markerfacecolor="white")
-    # The paper has one rank: draw points.
-    for row in published.published_rows("RoRA paper"):
-        if (row.table, row.model) == ("I", "LLaMA-7B") and row.method in ("LoRA", "DoRA", "RoRA"):
-            _, colour, marker = style.look(row.method.lower())
-            axis.plot([128], [row.average], marker, color=colour, markerfacecolor="white", markersize=6)
-    axis.set_xscale("log", base=2)
-    axis.set_xticks([4, 8, 16, 32, 64, 128], ["4", "8", "16", "32", "64", "128"])
-    axis.minorticks_off()
-    axis.set_xlabel("rank $r$; lines: DoRA repository;\nat 128: the paper's text and Table I")
-    axis.set_ylabel("printed for LLaMA-7B: average (%)")
 
 
 def run_title(manifest: dict[str, Any], drawn: pd.DataFrame, config: AccuracyVsRankOptions) -> str:

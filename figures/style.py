@@ -188,34 +188,11 @@ def command(draw: Callable[[Options], Sequence[Path]], config: type[Options], de
     def draw_parsed() -> None:
         parsed = cli.parse(config, description=description or "")
         try:
-            if (out := getattr(parsed, "out", None)) is not None:
-                check_output_folder(out)
             main(draw, parsed)
         except InputError as error:
             raise cli.with_options(error, config) from None
 
     cli.run_command(draw_parsed)
-
-
-def check_output_folder(folder: Path) -> None:
-    """Check that a folder is new, empty, a run folder, or holds only figures (.png, .svg) and tables (.md, .csv).
-
-    Raises:
-      InputError: The folder has another file.
-    """
-    if not folder.exists():
-        return
-    manifest = folder / "manifest.json"
-    if manifest.exists() and "experiment" in files.read_json(manifest, accepted="a run's manifest"):
-        return
-    # A figure or table has two files, so a file without its twin is something else.
-    twins = {".png": ".svg", ".svg": ".png", ".md": ".csv", ".csv": ".md"}
-    for path in sorted(folder.iterdir()):
-        if path.suffix not in twins or not path.with_suffix(twins[path.suffix]).exists():
-            raise InputError(
-                f"{folder}: holds {path.name}, which is not a figure. Use a new or empty folder, a run folder, or a "
-                "folder of figures."
-            )
 
 
 def main(draw: Callable[..., Sequence[Path]], *arguments: Any) -> None:

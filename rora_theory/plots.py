@@ -160,17 +160,12 @@ def plot_regime(crossings: "pandas.DataFrame", title: str = "") -> "matplotlib.f
     return figure
 
 
-def plot_losses(
-    losses: Mapping[str, Mapping[float, float | Sequence[float]]],
-    *,
-    axis: "matplotlib.axes.Axes | None" = None,
-) -> "matplotlib.figure.Figure":
+def plot_losses(losses: Mapping[str, Mapping[float, float | Sequence[float]]]) -> "matplotlib.figure.Figure":
     """Plot the loss against the learning rate, on a logarithmic axis.
 
     Args:
       losses: Losses by the name of a line and by learning rate: a number, or one number for each seed. A cross at the
         upper edge marks a learning rate whose loss is not finite.
-      axis: Axes to draw on; None creates a figure.
 
     Returns:
       The figure.
@@ -184,8 +179,7 @@ def plot_losses(
     if not any(losses.values()):
         raise InputError("losses must have at least one learning rate, got none")
     with plt.rc_context(STYLE):
-        if axis is None:
-            _, axis = plt.subplots(figsize=(3.6, 2.7))
+        figure, axis = plt.subplots(figsize=(3.6, 2.7))
         for position, (name, by_rate) in enumerate(losses.items()):
             colour = COLOURS[position % len(COLOURS)]
             draw_losses(axis, by_rate, colour=colour, marker=MARKERS[position % len(MARKERS)], label=name)
@@ -195,7 +189,6 @@ def plot_losses(
         axis.minorticks_off()
         if any(losses):
             axis.legend(frameon=False)
-    figure: Any = axis.get_figure(root=True)
     return figure
 
 

@@ -1,51 +1,11 @@
-"""Figures are drawn into folders of their own, never into another's."""
+"""Figures name the run folder whose manifest they cannot use."""
 
 import json
 import runpy
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
-from figures import style
-from rora_theory.errors import InputError
-
-
-@pytest.mark.parametrize("names", [[], ["a.png", "a.svg", "table.md", "table.csv"], ["notes.txt", "manifest.json"]])
-def test_new_folders_run_folders_and_figure_folders_are_accepted(tmp_path: Path, names: list[str]) -> None:
-    for name in names:
-        (tmp_path / name).write_text(json.dumps({"experiment": "regime"}))
-    style.check_output_folder(tmp_path)
-    style.check_output_folder(tmp_path / "new")
-
-
-@pytest.mark.parametrize("names", [["photo.png"], ["a.png", "a.svg", "data.csv"], [".git"], ["manifest.json"]])
-def test_folders_with_other_files_are_refused(tmp_path: Path, names: list[str]) -> None:
-    for name in names:
-        (tmp_path / name).write_text(json.dumps({"name": "a web page's"}))
-    with pytest.raises(InputError, match=f"holds {names[-1]}, which is not a figure"):
-        style.check_output_folder(tmp_path)
-
-
-@dataclass(frozen=True)
-class FigureOptions:
-    """Options of a figure."""
-
-    out: Path
-    """folder"""
-
-
-def test_the_output_folder_is_checked_before_drawing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def draw(config: FigureOptions) -> list[Path]:
-        (config.out / "a.png").touch()
-        return []
-
-    (tmp_path / "notes.txt").touch()
-    monkeypatch.setattr(sys, "argv", ["figure", "--out", str(tmp_path)])
-    with pytest.raises(SystemExit, match="2"):
-        style.command(draw, FigureOptions, "")
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")

@@ -13,7 +13,7 @@ look closer, not a statement about its cause.
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -36,6 +36,15 @@ EXACT_HALF_DIGIT = Fraction(1, 20)
 
 HALF_PERCENT_DIGIT = 0.005
 """Half a unit of the last printed digit of a parameter percentage, which has two decimals."""
+
+STANDARD_ERRORS = 2.0
+"""Distance in standard errors from which on an entry differs from guessing, or from another entry."""
+
+MIN_EQUAL = 4
+"""Number of equal entries among eight from which on two rows count as repeated or copied."""
+
+RORA = "RoRA"
+"""Name of the paper's own method in its tables."""
 
 
 @dataclass(frozen=True)
@@ -182,8 +191,8 @@ def find_wrong_best_marks(rows: Sequence[PublishedRow]) -> list[Finding]:
     return findings
 
 
-def find_entries_below_chance(rows: Sequence[PublishedRow], *, z: float = 2.0) -> list[Finding]:
-    """Find entries more than ``z`` standard errors below uniform guessing among the choices.
+def find_entries_below_chance(rows: Sequence[PublishedRow]) -> list[Finding]:
+    """Find entries more than two standard errors below uniform guessing among the choices.
 
     Under the published protocol such an entry counts unparsed answers as wrong, or the run is broken. A lack of
     knowledge cannot be the cause.
@@ -192,14 +201,14 @@ def find_entries_below_chance(rows: Sequence[PublishedRow], *, z: float = 2.0) -
     for row in rows:
         for name, score, size, chance in zip(NAMES, row.scores, SIZES, CHANCE, strict=True):
             distance = (score - chance) / score_error(chance, size)
-            if distance < -z:
+            if distance < -STANDARD_ERRORS:
                 text = f"{name} {score:.1f} is below chance {chance:.1f} by {-distance:.1f} standard errors"
                 findings.append(Finding("below chance", row.label, text, score, chance, distance))
     return findings
 
 
-def find_repeated_rows(rows: Sequence[PublishedRow], *, min_equal: int = 4) -> list[Finding]:
-    """Find pairs of rows of one model and source with at least ``min_equal`` of the eight entries identical.
+def find_repeated_rows(rows: Sequence[PublishedRow]) -> list[Finding]:
+    """Find pairs of rows of one model and source with at least `MIN_EQUAL` of the eight entries identical.
 
     Two runs with equal true accuracy and independent errors print the same digit with a probability of about 0.1
     divided by 3.5 standard errors: 0.02 for 1200 items near 50%. The probability of four coincidences among eight is
@@ -209,16 +218,14 @@ def find_repeated_rows(rows: Sequence[PublishedRow], *, min_equal: int = 4) -> l
     for group in _group_rows(rows, lambda row: (row.source, row.model)).values():
         for first, second in itertools.combinations(group, 2):
             equal_names = [name for name, a, b in zip(NAMES, first.scores, second.scores, strict=True) if a == b]
-            if len(equal_names) >= min_equal:
+            if len(equal_names) >= MIN_EQUAL:
                 text = f"{len(equal_names)} of 8 entries are equal: {', '.join(equal_names)}"
                 findings.append(Finding("repeated", f"{first.label} = {second.label}", text, float(len(equal_names))))
     return findings
 
 
-def find_copied_rows(
-    rows: Sequence[PublishedRow], anchors: Sequence[PublishedRow], *, min_equal: int = 4
-) -> list[Finding]:
-    """Find rows that share at least ``min_equal`` entries with an earlier published row of the same model.
+def find_copied_rows(rows: Sequence[PublishedRow], anchors: Sequence[PublishedRow]) -> list[Finding]:
+    """Find rows that share at least `MIN_EQUAL` entries with an earlier published row of the same model.
 
     Such numbers were carried over and not measured again. Among several earlier rows the one with the most equal
     entries is reported; ties go to the first published. ``Finding.printed`` is the number of equal entries.
@@ -233,7 +240,7 @@ def find_copied_rows(
         ]
         # `max` returns the first of equal maxima, the earliest publication.
         count, anchor = max(equal_counts, key=lambda pair: pair[0], default=(0, None))
-        if anchor is not None and count >= min_equal:
+        if anchor is not None and count >= MIN_EQUAL:
             averages_differ = (
                 "" if row.average == anchor.average else f" (average {row.average:.1f} for {anchor.average:.1f})"
             )
@@ -253,25 +260,19 @@ def find_impossible_entries(rows: Sequence[PublishedRow]) -> list[Finding]:
     return findings
 
 
-def find_differences_within_noise(
-    rows: Sequence[PublishedRow], method: str = "RoRA", *, z: float = 2.0
-) -> list[Finding]:
-    """Find entries and averages within ``z`` standard errors of the best other row of the group.
+def find_differences_within_noise(rows: Sequence[PublishedRow]) -> list[Finding]:
+    """Find RoRA's entries and averages within two standard errors of those of the best other row of the group.
 
     A group is one table, model and rank. Differences of both signs count. Test sets are treated as independent, with
     one run per row.
-
-    Args:
-      method: Method to compare with the best other one.
-      z: Threshold in standard errors of a difference.
 
     Returns:
       One finding per entry or average below the threshold.
     """
     findings = []
     for group in _group_rows(rows, lambda row: (row.source, row.table, row.model, row.rank)).values():
-        own_rows = [row for row in group if row.method == method]
-        rivals = [row for row in group if row.method != method]
+        own_rows = [row for row in group if row.method == RORA]
+        rivals = [row for row in group if row.method != RORA]
         if not own_rows or not rivals:
             continue
         # The method's row against the best average of the others.
@@ -285,7 +286,7 @@ def find_differences_within_noise(
         comparisons.append(("average", row.average, best.average, error_of_average))
         for name, ours, theirs, error in comparisons:
             distance = standard_score(ours - theirs, error)
-            if abs(distance) < z:
+            if abs(distance) < STANDARD_ERRORS:
                 text = (
                     f"{name}: {ours:.1f} against {best.method}'s {theirs:.1f} is {ours - theirs:+.1f} "
                     f"points, {abs(distance):.1f} standard errors ({error:.1f})"
@@ -316,26 +317,20 @@ STATED_RANKS = {("LLaMA-7B", "RoRA"): 128}
 """Ranks that the paper states for rows of Table I: Sec. IV and Fig. 1, for this row only."""
 
 
-def find_wrong_parameter_shares(
-    rows: Sequence[PublishedRow], *, stated: Mapping[tuple[str, str], int] = STATED_RANKS, method: str = "RoRA"
-) -> list[Finding]:
-    """Find the ranks that the printed parameter percentages of ``method`` correspond to.
+def find_wrong_parameter_shares(rows: Sequence[PublishedRow]) -> list[Finding]:
+    """Find the ranks that RoRA's printed parameter percentages correspond to.
 
     Rows with the percentage of their stated rank give no finding: the printed figure has to be the exact one rounded to
     two decimals, as the figures of all rows of LoRA are at rank 32.
-
-    Args:
-      stated: Stated rank by model and method.
-      method: Method to check.
 
     Returns:
       One finding per row without a stated rank or with another percentage.
     """
     findings = []
     for row in rows:
-        if row.params_percent is None or row.method != method or row.model not in MODELS:
+        if row.params_percent is None or row.method != RORA or row.model not in MODELS:
             continue
-        rank = stated.get((row.model, row.method))
+        rank = STATED_RANKS.get((row.model, row.method))
         # Rank whose share is nearest to the printed percentage.
         percent_at_one = lora_percent(row.model, 1)
         # The ratio of adapter to base parameters is proportional to the rank.

@@ -137,7 +137,9 @@ def run_cells(
     # Each cell has a folder of its own, named by the hash of its settings.
     tasks = [(cells[index], folder.path / CELLS_FOLDER / keys[index]) for index in todo]
     for _, cell_folder in tasks:
-        files.check_folder(cell_folder)
+        for path in (cell_folder.parent, cell_folder):
+            if path.exists() and not path.is_dir():
+                raise InputError(f"{path}: is a file. Remove it: the run keeps a folder there.")
     failures: list[str] = []
     ended_count, written_at = len(cells) - len(todo), time.monotonic()
 

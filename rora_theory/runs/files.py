@@ -59,31 +59,6 @@ def _naming_unreadable(path: str | Path, accepted: str) -> Iterator[None]:
         raise InputError(f"{path}: cannot be read ({reason}). Expected {accepted}.") from error
 
 
-def check_folder(path: str | Path) -> None:
-    """Check that a folder can be created, or can be written to if it exists.
-
-    Raises:
-      InputError: The path or a parent is a file, may not be written to, or has a name that is too long.
-    """
-    advice = "Use a folder that can be created or written to."
-    # Find the closest parent that exists.
-    existing = Path(path)
-    try:
-        while not _exists(existing):
-            existing = existing.parent
-        longest = os.pathconf(existing, "PC_NAME_MAX")
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"{path}: cannot be used ({reason}). {advice}") from error
-    if any(len(os.fsencode(part)) > longest for part in Path(path).parts):
-        raise InputError(f"{path}: has a name of more than {longest} bytes. {advice}")
-    # A new folder is created in the existing parent, which must be a writable folder.
-    if not existing.is_dir():
-        raise InputError(f"{path}: {'is' if existing == Path(path) else f'{existing} is'} a file. {advice}")
-    if not os.access(existing, os.W_OK | os.X_OK, effective_ids=True):
-        raise InputError(f"{path}: no permission to write to {existing}. {advice}")
-
-
 def resolve_inside(folder: Path, name: object, *, where: str | Path) -> Path:
     """Return the path of a file in a folder by a name that was read from a file.
 
@@ -128,15 +103,6 @@ def _is_inside(path: Path, folder: Path) -> bool:
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
-def _exists(path: Path) -> bool:
-    """Return whether a path exists. In contrast to `Path.exists`, raise for a loop of links and for a zero byte."""
-    try:
-        os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
-
-
 def read_text(path: str | Path, *, accepted: str = "a text file in UTF-8") -> str:
     """Read a text file in UTF-8 without changing its line ends. A byte-order mark at its start is removed.
 
@@ -158,12 +124,13 @@ def read_json(path: str | Path, *, accepted: str = "a JSON file") -> Any:
     return parse_json(read_text(path, accepted=accepted), where=str(path), accepted=accepted)
 
 
-def read_object(path: str | Path, *, accepted: str = "a JSON object") -> dict[str, Any]:
+def read_object(path: str | Path) -> dict[str, Any]:
     """Read the object in a JSON file.
 
     Raises:
       InputError: `read_json` refuses the file, or its value is not an object.
     """
+    accepted = "a JSON object"
     value = read_json(path, accepted=accepted)
     if not isinstance(value, dict):
         raise InputError(f"{path}: holds a {type(value).__name__}. Expected {accepted}.")

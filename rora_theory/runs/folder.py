@@ -122,11 +122,11 @@ class RunFolder:
         """
         plain = as_json(config)
         identity, path = _identity(plain), path_of(name, plain, out)
-        files.check_folder(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be created ({error.strerror}). Use a writable folder.") from error
+        except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise InputError(f"{path}: cannot be created ({reason}). Use a writable folder.") from error
         if stale := _open_folders.get(path.resolve()):  # left open by an error in this process
             stale._release()
         # Refuse a folder of another run before anything is written to it.

@@ -1,5 +1,6 @@
 """Simulation of the paper's setting: one stream for all rules against the exact law; exponents; verdicts."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -111,13 +112,14 @@ def test_exponents_are_of_all_ranks_and_of_the_thirds() -> None:
     assert len(simulation.simulated_exponents(table[:2])) == 1
 
 
-def test_second_moments_are_beside_the_law_and_the_paper() -> None:
+def test_the_largest_score_is_that_of_the_second_moment() -> None:
     rows = [
-        {"quantity": quantity, "estimate": 3.0, "standard_error": 0.5, "exact": 2.0, "paper": 1.0}
-        for quantity in ("mean", "second_moment")
+        {"quantity": quantity, "estimate": estimate, "standard_error": 0.5, "exact": 2.0}
+        for quantity, estimate in (("mean", 9.0), ("second_moment", 3.0), ("second_moment", 0.5))
     ]
-    (row,) = simulation.compare_second_moments(simulation.simulation_table(rows)).to_dict("records")
-    assert [row[name] for name in ("ratio", "of_paper", "z")] == [1.5, 3.0, 2.0]
+    assert simulation.largest_score(simulation.simulation_table(rows)) == 3.0
+    undefined = simulation.simulation_table([*rows, rows[1] | {"estimate": math.nan}])
+    assert math.isnan(simulation.largest_score(undefined))
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import pytest
 
 from rora_theory.errors import InputError
 from rora_theory.runs import files
+from rora_theory.runs.folder import RunFolder
 
 
 def test_a_file_is_read_completely(tmp_path: Path) -> None:
@@ -96,6 +97,8 @@ def test_files_without_permission_are_refused() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (file := folder / "a.json").write_text("[]")
+        (empty := folder / "empty").mkdir()
+        empty.chmod(0o555)
         file.chmod(0o000)
         folder.chmod(0o555)
         with nobody():
@@ -103,20 +106,22 @@ def test_files_without_permission_are_refused() -> None:
                 InputError, match=r"a.json: cannot be read \(Permission denied\)\. Expected a JSON file"
             ):
                 files.read_json(file)
-            for run in (folder, folder / "run" / "deeper"):
-                with pytest.raises(InputError, match=f"^{run}: no permission to write to {folder}. Use a fold"):
-                    files.check_folder(run)
-        folder.chmod(0o755)
-        files.check_folder(folder / "run")
+            with pytest.raises(InputError, match=r"\.lock: cannot be opened \(Permission denied\)\. Use a writable"):
+                RunFolder.open("name", {}, out=empty)
+            with pytest.raises(
+                InputError, match=r"run/deeper: cannot be created \(Permission denied\)\. Use a writable"
+            ):
+                RunFolder.open("name", {}, out=folder / "run" / "deeper")
+        for changed in (folder, empty):
+            changed.chmod(0o755)
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("file", "is a file"),
-        ("file/run", "file is a file"),
-        ("new/" + "x" * 256, "a name of more than 255 bytes"),
-        ("x" * 5000, "File name too long"),
+        ("file", "File exists"),
+        ("file/run", "Not a directory"),
+        ("new/" + "x" * 256, "File name too long"),
         ("loop/run", "symbolic links"),
         ("nul\0byte", "null (byte|character)"),
     ],
@@ -124,11 +129,8 @@ def test_files_without_permission_are_refused() -> None:
 def test_a_folder_that_cannot_be_created_is_refused(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to("loop")
-    with pytest.raises(InputError, match=rf"{message}.* Use a folder that can be created or written to"):
-        files.check_folder(tmp_path / name)
-    for usable in (tmp_path, tmp_path / "new", tmp_path / "new" / "er", Path("new"), Path()):
-        files.check_folder(usable)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop"]
+    with pytest.raises(InputError, match=rf"cannot be created \(.*{message}.*\)\. Use a writable folder"):
+        RunFolder.open("name", {}, out=tmp_path / name)
 
 
 def test_a_full_disk_preserves_the_old_file_and_is_named(tmp_path, full_disk):
