@@ -14,7 +14,6 @@ Names and defaults are those of Axolotl 0.18.0 (``src/axolotl/utils/schemas/``),
     write_trainer_config("axolotl.yml", "axolotl_128.yml", advice)
 """
 
-import copy
 import io
 import json
 from collections.abc import Mapping
@@ -32,12 +31,10 @@ from rora_theory.advice.adapter_config import (
 )
 from rora_theory.advice.lora_config import SavedSetting, saved_from_entries
 from rora_theory.advice.modules import AlphaGrouping
-from rora_theory.advice.setting import Setting
-from rora_theory.advice.transfer import Advice, transfer
+from rora_theory.advice.transfer import Advice
 from rora_theory.errors import InputError, shown
 from rora_theory.optimizers import OptimizerName, parse_optimizer
 from rora_theory.runs.files import parse_json, parse_yaml, read_text, write_whole
-from rora_theory.scaling import Rule
 
 Format = Literal["PEFT", "Axolotl", "LLaMA-Factory"]
 """Formats of configuration files."""
@@ -277,65 +274,6 @@ def write_trainer_config(path: str | Path, out: str | Path, advice: Advice, *, p
         write_whole(out, json.dumps(document.values | changes, indent=2) + "\n")
     else:
         write_whole(out, _edit_yaml(document, changes))
-
-
-class Transferred(NamedTuple):
-    """Configuration and learning rate for training at another rank.
-
-    Attributes:
-      config: PEFT's ``LoraConfig``.
-      learning_rate: Learning rate for it.
-      advice: Advice that both come from; ``advice.sentence()`` states for how many steps it holds.
-    """
-
-    config: Any
-    learning_rate: float
-    advice: Advice
-
-
-def transfer_config(
-    config: Any,
-    rank: int,
-    *,
-    learning_rate: float,
-    optimizer: str = "adamw",
-    rule: Rule | None = None,
-    alpha: float | None = None,
-    regime: Literal["signal", "cross-talk"] | Mapping[str, float] = "signal",
-    **planned: Any,
-) -> Transferred:
-    """Return a copy of a PEFT ``LoraConfig`` at another rank, and its learning rate.
-
-    Args:
-      config: ``LoraConfig`` that was tuned.
-      rank: New rank.
-      learning_rate: Tuned learning rate.
-      optimizer: Optimizer by this package's or the Trainer's name.
-      rule: New scaling rule; None keeps the rule. The copy has ``alpha / r`` with the same scaling.
-      alpha: New alpha, for which the learning rate then compensates; None keeps the learning rate.
-      regime: Regime, see `transfer`.
-      **planned: Further arguments of `transfer`, such as ``steps``.
-
-    Returns:
-      The copy, its learning rate and the full advice.
-
-    Raises:
-      InputError: If the configuration has no law, or `transfer` refuses a value.
-    """
-    if not hasattr(config, "to_dict"):
-        raise InputError(f"config must be a LoraConfig of PEFT, got {shown(config)}")
-    entries = config.to_dict()
-    # save_pretrained converts in the same way: sets have no JSON, and enumerations are strings.
-    entries = {name: sorted(value) if isinstance(value, set) else value for name, value in entries.items()}
-    entries["peft_type"] = str(getattr(entries.get("peft_type"), "value", entries.get("peft_type")))
-    saved = saved_from_entries(Path(type(config).__name__), entries)
-    old = Setting(saved.rank, saved.alpha, learning_rate, saved.rule, parse_optimizer(optimizer), saved.init)
-    advice = transfer(old, rank, regime, rule=rule, alpha=alpha, **planned)
-    new = copy.deepcopy(config)
-    new.r, new.use_rslora = advice.setting.rank, False
-    new.lora_alpha = _as_integer(advice.lora_alpha) or advice.lora_alpha
-    new.alpha_pattern = advice.lora_arguments()["alpha_pattern"]
-    return Transferred(new, advice.learning_rate, advice)
 
 
 def _open_config(path: str | Path) -> _Document:

@@ -10,11 +10,10 @@ from transformers import TrainerCallback
 from rora_theory.advice.adapter_config import check_uniform, init_of
 from rora_theory.advice.lora_config import DORA_REMARK
 from rora_theory.advice.setting import Setting
-from rora_theory.advice.trainer_configs import Transferred
 from rora_theory.errors import InputError, shown
 from rora_theory.measure.batches import Batch, Loss
 from rora_theory.measure.modules import lora_config
-from rora_theory.measure.regimes.model import TorchRegime, regime
+from rora_theory.measure.regimes.model import TorchRegime, Transferred, regime
 from rora_theory.measure.regimes.module_regime import RegimeConfig
 from rora_theory.optimizers import FAMILY, parse_optimizer
 from rora_theory.scaling import check_instance, check_integer

@@ -1,5 +1,6 @@
 """Settings in the files of PEFT, Axolotl and LLaMA-Factory are read, transferred, and written again."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -9,7 +10,7 @@ import yaml
 
 from rora_theory.advice.adapter_config import FILE
 from rora_theory.advice.setting import Setting
-from rora_theory.advice.trainer_configs import read_trainer_config, transfer_config, write_trainer_config
+from rora_theory.advice.trainer_configs import read_trainer_config, write_trainer_config
 from rora_theory.advice.transfer import Advice, transfer
 from rora_theory.errors import InputError
 
@@ -315,38 +316,12 @@ def test_unsupported_changes_to_a_file_are_refused(tmp_path) -> None:
         write_trainer_config(path, tmp_path / "new.yml", measured, per="type")
 
 
-class FakeConfig:
-    """A configuration with the methods of PEFT's `LoraConfig` that are used."""
-
-    def __init__(self) -> None:
-        vars(self).update(peft_type="LORA", r=8, lora_alpha=16, use_rslora=False, alpha_pattern={})
-
-    def to_dict(self):
-        return dict(vars(self))
-
-
-def test_a_config_in_a_measured_regime_has_the_alpha_of_each_type() -> None:
-    terms = {"model.layers.0.mlp.up_proj": 0.5, "model.layers.0.self_attn.q_proj": 20.0}
-    new, _, advice = transfer_config(FakeConfig(), 64, learning_rate=2e-4, regime=terms)
-    assert new.alpha_pattern == pytest.approx(advice.by_type())
-    assert transfer_config(FakeConfig(), 64, learning_rate=2e-4).config.alpha_pattern == {}
-
-
 @pytest.mark.slow
-def test_a_lora_config_of_peft_is_transferred() -> None:
+def test_a_lora_config_of_peft_is_changed_by_the_advice() -> None:
     peft = pytest.importorskip("peft")
     old = peft.LoraConfig(r=16, lora_alpha=32, target_modules=["v_proj", "q_proj"], use_rslora=True, use_dora=True)
-    new, rate, advice = transfer_config(old, 64, learning_rate=2e-4, optimizer="adamw_torch")
-    assert (new.r, new.lora_alpha, new.use_rslora, rate) == (64, 128, False, advice.learning_rate)
-    assert advice.old == Setting(16, 32.0, 2e-4, "rslora")
-    assert old.r == 16
-    unchanged = new.to_dict() | {name: old.to_dict()[name] for name in ("r", "lora_alpha", "use_rslora")}
-    assert unchanged == old.to_dict()
-    _, rate, _ = transfer_config(old, 64, learning_rate=2e-4, rule="lora", alpha=256.0)
-    assert rate < 2e-4
-    with pytest.raises(InputError, match=r"rank_pattern .*got {'q_proj': 4}"):
-        transfer_config(peft.LoraConfig(rank_pattern={"q_proj": 4}), 64, learning_rate=2e-4)
-    with pytest.raises(InputError, match=r"peft_type .*got 'IA3'"):
-        transfer_config(peft.IA3Config(), 64, learning_rate=2e-4)
-    with pytest.raises(InputError, match=r"config .*got 8"):
-        transfer_config(8, 64, learning_rate=2e-4)
+    advice = transfer(Setting(old.r, old.lora_alpha, 2e-4, "rslora"), 64)
+    new = dataclasses.replace(old, **advice.lora_arguments())
+    assert (new.r, new.lora_alpha, new.use_rslora) == (64, pytest.approx(128), False)
+    changed = {name for name, value in new.to_dict().items() if old.to_dict()[name] != value}
+    assert changed == {"r", "lora_alpha", "use_rslora"}

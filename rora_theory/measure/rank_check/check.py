@@ -62,6 +62,7 @@ from rora_theory.measure.rank_check.coordinate_table import (
     judge_model,
     rows_of_model,
     slope_rows,
+    values_by_coordinate,
 )
 from rora_theory.measure.regimes import thin
 from rora_theory.optimizers import MOMENTUM, WEIGHT_DECAY, OptimizerName
@@ -227,35 +228,28 @@ def coordinate_check(
         check_instance("make_optimizer", make_optimizer, Callable, "a function")
     check_positive("learning_rate", learning_rate)
     make_optimizer = make_optimizer or make_optimizer_of("adamw", learning_rate)
-    # Sizes by coordinate, seed and rank; NaN marks what is not measured.
-    values: dict[Coordinate, np.ndarray] = {}
+    rows: list[dict[str, Any]] = []
     optimizers: list[str] = []
-    runs = [(draw, column, rank) for draw in range(seeds) for column, rank in enumerate(ranks)]
+    runs = [(draw, rank) for draw in range(seeds) for rank in ranks]
     total, description = len(runs) * max(steps), f"Checking {len(ranks)} ranks with {seeds} draws of A"
     first_steps = FirstSteps(batches, held_out, steps, loss=compute_loss)
     with with_autograd(), progress_bar(total, description=description, unit="step", shown=progress) as bar:
-        for draw, column, rank in runs:
+        for draw, rank in runs:
             model = make_model(rank)
             check_instance(f"make_model({rank})", model, torch.nn.Module, "a torch.nn.Module")
             model = unwrap(model)
             sizes_of_run = first_steps.measure(
                 model, rank, [seed, draw], make_optimizer, on_step=bar.update, on_stage=bar.set_postfix_str
             )
-            # Record the size of every coordinate.
-            for coordinate, value in sizes_of_run:
-                values.setdefault(coordinate, np.full((seeds, len(ranks)), np.nan))[draw, column] = value
+            rows += [
+                {"rank": rank, "seed": draw} | coordinate._asdict() | {"value": value}
+                for coordinate, value in sizes_of_run
+            ]
             optimizers.append(first_steps.optimizer)
             model_name = first_steps.model
     # Fit a slope against the rank for every coordinate.
-    slopes = slope_rows(ranks, values, band=band)
-    sizes = pd.DataFrame(
-        [
-            {"rank": rank, "seed": draw} | coordinate._asdict() | {"value": float(value[draw, column])}
-            for coordinate, value in values.items()
-            for draw in range(seeds)
-            for column, rank in enumerate(ranks)
-        ]
-    )
+    sizes = pd.DataFrame(rows)
+    slopes = slope_rows(ranks, values_by_coordinate(sizes, ranks=ranks, seeds=range(seeds)), band=band)
     # Describe the scope of the verdict.
     step_text = f"{listed(steps)} step{'' if tuple(steps) == (1,) else 's'}"
     batch_text = f"{len(batches)} training batch{'' if len(batches) == 1 else 'es'}"

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float
 
 from rora_theory.stats import slopes
@@ -46,6 +47,23 @@ class Coordinate(NamedTuple):
     split: str
     module: str
     step: int
+
+
+def values_by_coordinate(
+    sizes: pd.DataFrame, *, ranks: Sequence[int], seeds: Sequence[int]
+) -> dict[Coordinate, Float[np.ndarray, "seeds ranks"]]:
+    """Return the sizes of each coordinate as an array; NaN marks what was not measured.
+
+    Args:
+      sizes: Frame with the fields of `Coordinate` and the columns rank, seed and value.
+      ranks: Ranks in ascending order.
+      seeds: Seeds.
+    """
+    values = {}
+    for names, group in sizes.groupby(list(Coordinate._fields), sort=False):
+        by_seed = group.pivot(index="seed", columns="rank", values="value")
+        values[Coordinate._make(names)] = by_seed.reindex(index=seeds, columns=ranks).to_numpy(np.float64)
+    return values
 
 
 def slope_rows(

@@ -27,6 +27,7 @@ from rora_theory.measure.rank_check.coordinate_table import (
     judge_model,
     slope_rows,
     summarise_verdicts,
+    values_by_coordinate,
 )
 from rora_theory.optimizers import DISPLAY_NAMES, FAMILY, OptimizerName, scaling_power
 from rora_theory.runs import frames
@@ -182,10 +183,7 @@ def coordinate_slopes(config: CheckConfig, sizes: pd.DataFrame) -> pd.DataFrame:
     ranks = tuple(sorted(config.ranks))
     for case in cases(config):
         # Sizes of each coordinate as an array [seeds, ranks].
-        values: dict[Coordinate, np.ndarray] = {}
-        for names, group in rows_of_case(sizes, case).groupby(list(Coordinate._fields), sort=False):
-            by_seed = group.pivot(index="seed", columns="rank", values="value")
-            values[Coordinate._make(names)] = by_seed.reindex(index=config.seeds, columns=ranks).to_numpy(np.float64)
+        values = values_by_coordinate(rows_of_case(sizes, case), ranks=ranks, seeds=config.seeds)
         # Geometric mean of the outputs of all modules.
         outputs: dict[tuple[str, int], list[np.ndarray]] = {}
         for coordinate, value in values.items():

@@ -23,8 +23,7 @@ from peft import LoraConfig
 from rora_theory import inits
 from rora_theory.advice.modules import AlphaGrouping
 from rora_theory.advice.setting import Setting
-from rora_theory.advice.trainer_configs import Transferred
-from rora_theory.advice.transfer import transfer
+from rora_theory.advice.transfer import Advice, transfer
 from rora_theory.errors import InputError, shown
 from rora_theory.inits import Init
 from rora_theory.laws.random import seeds
@@ -73,6 +72,20 @@ With ``exact`` it predicts the size of the step at two ranks only, because Adam'
 
 RETURN_TYPE_PREFIX = "returns a"
 """Beginning of the reason in `TorchRegime.left_out` for a module that does not return a tensor."""
+
+
+class Transferred(NamedTuple):
+    """Configuration and learning rate for training at another rank.
+
+    Attributes:
+      config: PEFT's ``LoraConfig``.
+      learning_rate: Learning rate for it.
+      advice: Advice that both come from; ``advice.sentence()`` states for how many steps it holds.
+    """
+
+    config: LoraConfig
+    learning_rate: float
+    advice: Advice
 
 
 @dataclass(frozen=True, eq=False)
@@ -307,64 +320,11 @@ def regime(
     )
 
 
-class _CallSample(NamedTuple):
-    """Sample of the inputs of one call of a module.
-
-    Attributes:
-      rows: Inputs at the sampled tokens.
-      keys: Keys of the sampled tokens, see `_sample_keys`.
-      counts: Numbers of tokens by kind, see `choose_tokens`.
-      indices: Positions of the sampled tokens among all tokens of the call, on the device of the inputs.
-    """
-
-    rows: Float[np.ndarray, "read p_in"]
-    keys: Float[np.ndarray, " read"]
-    counts: dict[str, int]
-    indices: torch.Tensor
-
-
-class _LatestSample:
-    """Sample of the latest input, which is reused for the next module if it receives the same tensor.
-
-    A block's query, key and value projections share one input, as do its gate and up projections. A sample depends on
-    nothing else of a module than its input and the number of its call. The input is kept alive, so that no other tensor
-    can have its address, until another one replaces it or `clear` is called.
-    """
-
-    def __init__(self) -> None:
-        self._entry: tuple[torch.Tensor, int, int, _CallSample] | None = None
-
-    def find(self, x: hooks.Inputs, call: int) -> _CallSample | None:
-        """Return the sample of an input at a call, or None if it is not the latest input."""
-        if self._entry is None or x.is_inference():  # an inference tensor does not count its changes
-            return None
-        latest, version, latest_call, sample = self._entry
-        # Same memory, read in the same way, and not changed in place since.
-        is_same = (
-            x.data_ptr() == latest.data_ptr()
-            and (x.device, x.dtype, x.shape, x.stride()) == (latest.device, latest.dtype, latest.shape, latest.stride())
-            and x._version == latest._version == version
-        )
-        if not is_same or call != latest_call:
-            return None
-        # A kernel that writes in place need not increase the version: compare the sampled tokens themselves.
-        rows = _to_host(x.reshape(-1, x.shape[-1])[sample.indices])
-        return sample if np.array_equal(rows, sample.rows) else None
-
-    def store(self, x: hooks.Inputs, call: int, sample: _CallSample) -> None:
-        """Replace the latest input and its sample."""
-        self._entry = None if x.is_inference() else (x, x._version, call, sample)
-
-    def clear(self) -> None:
-        """Release the latest input."""
-        self._entry = None
-
-
 class _InputSampler:
     """Uniform sample of each module's inputs at the unmasked tokens, over all calls of the module in a pass.
 
     Attributes:
-      inputs: Sampled inputs by module. Modules that share an input share the array.
+      inputs: Sampled inputs by module.
       counts: Numbers of tokens by module and kind, see `choose_tokens`.
       calls: Number of calls by module.
       unmasked: Modules with inputs of a shape for which no masks are known, or flattened in an unknown order.
@@ -372,11 +332,8 @@ class _InputSampler:
       masks: Masks of the batch's tokens.
     """
 
-    def __init__(
-        self, config: RegimeConfig, masks: MasksByShape, mask: bool, latest: _LatestSample | None = None
-    ) -> None:
+    def __init__(self, config: RegimeConfig, masks: MasksByShape, mask: bool) -> None:
         self._config, self.masks, self._mask = config, masks, mask
-        self._latest = _LatestSample() if latest is None else latest
         self.inputs: dict[str, np.ndarray] = {}
         self.counts: dict[str, dict[str, int]] = {}
         self.calls: dict[str, int] = {}
@@ -399,11 +356,7 @@ class _InputSampler:
             self.unmasked.add(name)
         elif not self.masks.is_sequence_first and is_flattened(self.masks, x):
             self._flattened.add(name)
-        sample = self._latest.find(x, call)
-        if sample is None:
-            sample = self._sample(name, x, masks, call)
-            self._latest.store(x, call, sample)
-        rows, keys, counts, _ = sample
+        rows, keys, counts = self._sample(name, x, masks, call)
         if call:
             # Keep the smallest keys over all calls, which makes every token equally likely to be sampled.
             rows, keys = np.concatenate([self.inputs[name], rows]), np.concatenate([self._keys[name], keys])
@@ -418,32 +371,35 @@ class _InputSampler:
         return [name for name in self.misplaced if name not in self._masked]
 
     def finish(self) -> None:
-        """Release the latest input, report masks of a wrong order, and move all samples to a temporary file.
+        """Report masks of a wrong order, and move all samples to a temporary file.
 
         Samples of all modules would take memory at the moment when the following training pass takes most, the more so
         because each was allocated between temporary tensors and divides the memory that they leave. From the file, a
         sample is read when its module's gradient arrives.
         """
-        self._latest.clear()
         # A later input of shape [sequence, batch] showed that the assumed order may be wrong.
         if self.masks.is_sequence_first:
             self.unmasked |= self._flattened
-        # Modules that share an input share the array: write each array once.
-        distinct = list({id(rows): rows for rows in self.inputs.values()}.values())
-        if distinct:
+        if self.inputs:
             with TemporaryFile() as file:
-                for rows in distinct:
+                for rows in self.inputs.values():
                     file.write(rows.tobytes())
                 file.flush()
                 # The map keeps the closed file until the last sample is gone. Mode "c" because PyTorch warns about
                 # arrays that are not writable.
                 block = np.asarray(np.memmap(file, np.float32, "c"))
-            parts = np.split(block, np.cumsum([rows.size for rows in distinct])[:-1])
-            moved = {id(rows): part.reshape(rows.shape) for rows, part in zip(distinct, parts, strict=True)}
-            self.inputs = {name: moved[id(rows)] for name, rows in self.inputs.items()}
+            parts = np.split(block, np.cumsum([rows.size for rows in self.inputs.values()])[:-1])
+            samples = zip(self.inputs.items(), parts, strict=True)
+            self.inputs = {name: part.reshape(rows.shape) for (name, rows), part in samples}
 
-    def _sample(self, name: str, x: hooks.Inputs, masks: TokenMasks | None, call: int) -> _CallSample:
-        """Choose tokens of one call among those that are real, not seen in training and no attention sinks."""
+    def _sample(
+        self, name: str, x: hooks.Inputs, masks: TokenMasks | None, call: int
+    ) -> tuple[Float[np.ndarray, "read p_in"], Float[np.ndarray, " read"], dict[str, int]]:
+        """Choose tokens of one call among those that are real, not seen in training and no attention sinks.
+
+        Returns:
+          The inputs at the chosen tokens, their keys (see `_sample_keys`), and the numbers of tokens by kind.
+        """
         x, seed = x.reshape(-1, x.shape[-1]), self._config.seed
         if masks is None:
             masks = TokenMasks(np.ones(len(x), bool), np.zeros(len(x), bool))
@@ -454,7 +410,7 @@ class _InputSampler:
         chosen_tokens = choose_tokens(norms, seen, count=self._config.tokens, seed=token_seed, name=name)
         indices = torch.from_numpy(real[chosen_tokens.indices]).to(x.device)
         keys = _sample_keys(chosen_tokens.counts, [seed, call, 1])
-        return _CallSample(_to_host(x[indices]), keys, chosen_tokens.counts, indices)
+        return _to_host(x[indices]), keys, chosen_tokens.counts
 
 
 class _GradientReducer:
@@ -469,7 +425,6 @@ class _GradientReducer:
         self._config, self._masks, self._held_out = config, masks, held_out
         self.rows: dict[str, RegimeRows] = {}
         self.left_out: dict[str, str] = {}
-        self._latest = _LatestSample()  # of the training batch, over all modules
 
     def add(self, name: str, grad: torch.Tensor, calls: list[hooks.Inputs]) -> None:
         """Measure a module from its gradient and its training inputs, call by call; skip a zero gradient."""
@@ -477,7 +432,7 @@ class _GradientReducer:
         if _is_zero(grad):
             return
         # Sample the training inputs in the same way as the held-out inputs.
-        training = _InputSampler(config, self._masks, mask=False, latest=self._latest)
+        training = _InputSampler(config, self._masks, mask=False)
         for x in calls:
             training.add(name, x)
         if training.misplaced_modules():
