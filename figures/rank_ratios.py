@@ -1,0 +1,84 @@
+"""Change of the best learning rate with the rank at each G = gamma r, beside the power law of the advice.
+
+python -m figures.rank_ratios RUNS ...
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import pandas as pd
+import tyro
+from matplotlib.lines import Line2D
+
+from figures import style
+from rora_theory.advice.best_rate import QUANTILE
+from rora_theory.advice.constants import CONSTANTS
+
+SETTING = r"^rank (\d+), G (\S+)$"
+
+
+@dataclass(frozen=True)
+class RankRatiosOptions:
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Folders with outcomes.csv of benchmarks/gain_laws.py"""
+    out: Path | None = None
+    """Folder for rank_ratios.png and .svg; the first of the runs by default"""
+
+
+def draw_rank_ratios(config: RankRatiosOptions) -> Sequence[Path]:
+    """Draw the best rate at each rank over that at the reference rank of the same G, one panel for each schedule.
+
+    Best rates are by the three lowest losses; bars are 95% intervals over seeds. The line is the power law of the
+    advice, and the band its 90% range.
+    """
+    ratios = pd.concat([read_ratios(run) for run in config.runs])
+    if ratios.empty:
+        style.fail(f"No table in {', '.join(map(str, config.runs))} compares two ranks at one G.")
+    schedules = [name for name in ("constant", "cosine") if name in set(ratios["schedule"])]
+    gains = sorted(set(ratios["gain"]))
+    reference = int(ratios["from_rank"].iloc[0])
+    ranks = np.unique([reference, *ratios["rank"]])
+    exponent = CONSTANTS["rank_exponent"]
+    figure, axes = style.panels(len(schedules), sharex=True)
+    for axis, schedule in zip(axes, schedules, strict=True):
+        span = np.geomspace(ranks.min(), ranks.max(), 50) / reference
+        low, high = (span ** (exponent.value + sign * QUANTILE * exponent.spread) for sign in (-1, 1))
+        axis.fill_between(span * reference, low, high, color=style.BAND_COLOUR, linewidth=0, zorder=0)
+        axis.plot(span * reference, span**exponent.value, color="black")
+        for place, gain in enumerate(gains):
+            rows = ratios[(ratios["schedule"] == schedule) & (ratios["gain"] == gain)]
+            # Beside each other, so that the bars can be told apart.
+            at = rows["rank"] * 1.06 ** (place - (len(gains) - 1) / 2)
+            bars = np.abs(rows[["ratio_low", "ratio_high"]].to_numpy().T - rows["ratio"].to_numpy())
+            colour = style.COLOURS[place]
+            axis.errorbar(at, rows["ratio"], yerr=bars, fmt=style.MARKERS[place], color=colour, markersize=4)
+        axis.plot([reference], [1.0], "o", color="black", fillstyle="none", markersize=6)
+        axis.set(xscale="log", yscale="log", ylabel=f"best rate over that at rank {reference}")
+        axis.set_title("constant rate" if schedule == "constant" else f"{schedule} decay", loc="left")
+        style.integer_ticks(axis, ranks)
+        axis.set_yticks([0.6, 0.8, 1, 1.25, 1.6], ["0.6", "0.8", "1", "1.25", "1.6"], minor=False)
+        axis.minorticks_off()
+    axes[-1].set_xlabel("rank $r$")
+    looks = zip(gains, style.MARKERS, style.COLOURS, strict=False)
+    handles = {f"G = {gain:,.4g}": Line2D([], [], linestyle="none", marker=m, color=c) for gain, m, c in looks}
+    handles[f"$r^{{{exponent.value:.2f}}}$, range of 90%"] = Line2D([], [], color="black")
+    style.legend(figure, handles, "bars: 95% intervals over seeds")
+    return style.save(figure, config.out or config.runs[0], "rank_ratios")
+
+
+def read_ratios(run: Path) -> pd.DataFrame:
+    """Return the measured ratios of best rates at two ranks and one G."""
+    outcomes = style.read_table(run, "outcomes.csv").query("estimator == 'three points'")
+    table = outcomes.drop_duplicates(["schedule", "from", "to"])
+    for name, column in (("from_", "from"), ("", "to")):
+        table = table.join(
+            table[column].str.extract(SETTING).set_axis([f"{name}rank", f"{name}gain"], axis=1).astype(float)
+        )
+    return table[(table["from_gain"] == table["gain"]) & (table["from_rank"] != table["rank"]) & table["ratio"].notna()]
+
+
+if __name__ == "__main__":
+    style.command(draw_rank_ratios, RankRatiosOptions, __doc__)
