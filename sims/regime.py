@@ -42,7 +42,6 @@ from rora_theory.lab.data.records import DataConfig
 from rora_theory.measure.regimes import tables as regime_tables
 from rora_theory.measure.regimes import thin
 from rora_theory.measure.regimes.module_regime import Regime, RegimeConfig, RegimeRows
-from rora_theory.measure.regimes.tables import JudgeConfig
 from rora_theory.runs.folder import RunFolder, check_free, path_of
 from rora_theory.runs.reading import flatten
 from rora_theory.runs.summary import key_figures
@@ -80,7 +79,6 @@ class RegimeOptions:
     """Layers to measure; by default all"""
     batches: PairConfig = field(default_factory=PairConfig)
     measured: RegimeConfig = field(default_factory=RegimeConfig)
-    judged: JudgeConfig = field(default_factory=JudgeConfig)
     out: cli.Out = None
 
     def __post_init__(self) -> None:
@@ -167,7 +165,7 @@ def measure_regime(config: RegimeOptions) -> None:
     measured = assemble(parts)
     folder.update(training_loss=measured.training_loss, heldout_loss=measured.held_out_loss)
     # Compare with the prediction, and summarise over layers.
-    verdict = regime_tables.judge_regime(measured.results, config.judged)
+    verdict = regime_tables.judge_regime(measured.results)
     ratios = regime_tables.measured_over_predicted(measured.results)
     if verdict is not None:
         folder.write_frame(ratios, regime_tables.JUDGE)

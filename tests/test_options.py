@@ -19,7 +19,6 @@ from rora_theory.lab.finetune.distributed import ProcessConfig
 from rora_theory.lab.finetune.outputs import OutputConfig
 from rora_theory.measure.rank_check.rules import CheckConfig
 from rora_theory.measure.regimes.module_regime import RegimeConfig
-from rora_theory.measure.regimes.tables import JudgeConfig
 from sims.common.record_batches import BatchConfig, PairConfig
 from sims.coordinate_check import CoordinateCheckOptions
 from sims.finetune import FinetuneOptions
@@ -67,10 +66,6 @@ OPTIONS: dict[type, dict[str, tuple[Any, str]]] = {
         "optimizers": (("sgd", "adam"), REGIME), "inits": (("kaiming_uniform", "gaussian"), REGIME),
         "alpha": (16.0, REGIME), "lr": (3e-4, REGIME), "tokens": (64, REGIME), "mask": (True, REGIME),
         "seed": (0, REGIME), "exact": (False, REGIME), "rows": (4096, "sims/test_regime.py::test_verdict"),
-    },
-    JudgeConfig: {
-        "tolerance": (0.02, "measure/regimes/test_tables.py::test_the_criteria_of_the_verdict"),
-        "false_alarm": (0.01, "measure/regimes/test_tables.py::test_the_criteria_of_the_verdict"),
     },
     CoordinateCheckOptions: MODEL | {"data": (REQUIRED, CONTENT), "targets": (PAPER_TARGETS, REACHES)},
     CheckConfig: {

@@ -247,7 +247,7 @@ OF_CHATS = {"chat_template", "chat_date"}
 """Settings that affect only the template ``chat``."""
 
 NEUTRAL = {
-    "regime": {"false_alarm", "tolerance", *OF_CHATS, "show", "format", "fields"},
+    "regime": {*OF_CHATS, "show", "format", "fields"},
     "transfer": {"task_type", *OF_CHATS, "show", "format", "fields"},
     "coordinate_check": {*OF_CHATS, "show", "format", "fields"},
     "prune": {"batch_size", "format", "fields"},
@@ -269,7 +269,7 @@ OTHER: dict[str, Any] = {
     "lrs": (0.1,), "reference_rank": 6,
     "models": ("mlp",), "model": "mlp", "starts": ("A",), "overlap": 0.5, "overlaps": (0.25,), "draws": 8,
     "format": "alpaca", "fields": {"input": "more"}, "chat_template": "chatml", "chat_date": "2026-01-31",
-    "relative_error": 0.1, "sampler": "direct", "judge": "train", "noise": 0.2, "dropout": 0.1, "false_alarm": 0.1,
+    "relative_error": 0.1, "sampler": "direct", "judge": "train", "noise": 0.2, "dropout": 0.1,
     "steps": 2, "schedule": "constant", "betas": (0.8, 0.9),
     "regime": {"layers": (0,), "rows": 4096},
     "transfer": {

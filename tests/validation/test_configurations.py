@@ -19,7 +19,6 @@ from rora_theory.lab.sweep.design import SweepGrid
 from rora_theory.lab.sweep.plan import SweepConfig
 from rora_theory.measure.rank_check.rules import CheckConfig
 from rora_theory.measure.regimes.module_regime import RegimeConfig
-from rora_theory.measure.regimes.tables import JudgeConfig
 from rora_theory.measure.transfer_request import TransferConfig
 from rora_theory.paper.simulation import SimulationConfig
 from rora_theory.runs.cluster import ClusterConfig
@@ -64,7 +63,6 @@ INVALID: dict[type, dict[str, tuple]] = {
     | {"optimizers": ((), ("lion",)), "inits": (("pissa",), ("gaussian", "gaussian"))}
     | same_values("alpha lr", 0.0)
     | {"rows": (-1, 32, 1_000_000_000), "tokens": (0,), "seed": (-1,)},
-    JudgeConfig: {"tolerance": (0.0,), "false_alarm": (0.0, 1.0)},
     CheckConfig: {"ranks": ((2,), (4, 4), (0, 2)), "rules": ((), ("lora", "lora")), "seeds": ((1,), (1, -1))}
     | {"optimizers": (("lion",),), "inits": (("pissa",),), "steps": ((2, 1),), "reference_rank": (0,)}
     | same_values("adam_lr sgd_lr band gamma", 0.0),

@@ -5,7 +5,6 @@ The columns are those of `module_regime`'s rows, with all digits. This module do
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,7 @@ from scipy import special
 
 from rora_theory.measure.tokens import SINK_RATIO
 from rora_theory.optimizers import EPSILON
-from rora_theory.scaling import check_between
-from rora_theory.stats.verdicts import RESOLUTION, judge_gaps, summarise_outcomes
-from rora_theory.validation.ranges import Positive, check_ranges
+from rora_theory.stats.verdicts import RESOLUTION, TOLERANCE, judge_gaps, summarise_outcomes
 
 CROSSINGS, CROSSING_DISTANCES, TOKENS, JUDGE, VERDICT, CROSSING_SUMMARY, CROSSING_DISTANCE_SUMMARY = (
     "crossing_ranks.csv", "crossing_distances.csv", "tokens.csv", "judge.csv", "verdict.json", "crossing_summary.csv",
@@ -57,70 +54,53 @@ UNITS = {
 }
 
 
-@dataclass(frozen=True)
-class JudgeConfig:
-    """Criteria for the verdict on a law.
-
-    Raises:
-      InputError: If a value is out of range.
-    """
-
-    tolerance: Positive = 0.02
-    """Relative difference of measured and predicted values that is allowed even if the error bar is smaller"""
-    false_alarm: float = 0.01
-    """Probability that a true law fails in any comparison, which sets the width of the error bars"""
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-        check_between("false_alarm", self.false_alarm, 0, 1, closed="neither")
+FALSE_ALARM = 0.01
+"""Probability that a true law fails in any comparison, which sets the width of the error bars."""
 
 
-def judge_regime(results: pd.DataFrame, config: JudgeConfig | None = None) -> dict[str, Any] | None:
+def judge_regime(results: pd.DataFrame) -> dict[str, Any] | None:
     """Test whether every measured rms agrees with the predicted one.
 
     A value agrees if it lies within its error bar or within the tolerance. It fails if it lies outside both or is not
     finite. It is undecided if its error bar is wider than `stats.verdicts.RESOLUTION`. The verdict is ``fails`` if any
     value fails, otherwise ``undecided`` if any is undecided, otherwise ``holds``.
 
-    The error bar is a two-sided Student interval for the number of adapters, at false_alarm divided by the number of
-    comparisons (Bonferroni). If the laws are true and the tolerance is 0, one or more values fail with probability
-    false_alarm.
+    The error bar is a two-sided Student interval for the number of adapters, at `FALSE_ALARM` divided by the number of
+    comparisons (Bonferroni). If the laws were true and the tolerance 0, one or more values would fail with probability
+    `FALSE_ALARM`. The tolerance is `stats.verdicts.TOLERANCE`.
 
     Args:
       results: Frame with the columns `RESULT_COLUMNS`.
-      config: Criteria; None is the default `JudgeConfig`.
 
     Returns:
       The verdict, the numbers of ``comparisons`` and of values ``outside``, ``undecided`` and ``not_finite``, and the
       largest differences of the finite values. None if no adapters were stepped.
     """
-    config = config or JudgeConfig()
-    false_alarm, tolerance = config.false_alarm, config.tolerance
     stepped = _rows_with_adapters(results)
     if stepped.empty:
         return None
     # Half-width of the error bar in standard errors, by number of adapters.
     adapters = stepped["adapters"].astype(int)
-    tail = false_alarm / len(stepped) / 2
+    tail = FALSE_ALARM / len(stepped) / 2
     half_widths = {count: -float(special.stdtrit(count - 1, tail)) for count in sorted(set(adapters))}
     # Relative differences, with the larger of error bar and tolerance.
     gaps = np.abs((stepped["measured"] / stepped["predicted"] - 1).to_numpy(float))
     errors = (stepped["standard_error"] / stepped["predicted"]).to_numpy(float)
     widths = errors * adapters.map(half_widths).to_numpy(float)
-    allowed = np.maximum(tolerance, widths)
+    allowed = np.maximum(TOLERANCE, widths)
     # A value that is not finite fails, as does one from a single adapter, which has an error bar of NaN.
     finite = np.isfinite(gaps) & np.isfinite(errors)
-    outcomes = judge_gaps(np.where(finite, gaps, math.nan), widths, tolerance=tolerance)
+    outcomes = judge_gaps(np.where(finite, gaps, math.nan), widths)
     judged: dict[str, Any] = {
         "verdict": summarise_outcomes(outcomes),
         "comparisons": len(stepped),
         "outside": outcomes.count("contradicts"),
         "undecided": outcomes.count("undecided"),
         "not_finite": int(np.sum(~finite)),
-        "false_alarm": false_alarm,
-        "tolerance": tolerance,
+        "false_alarm": FALSE_ALARM,
+        "tolerance": TOLERANCE,
         "error_bars_in_standard_errors": {str(count): bar for count, bar in half_widths.items()},
-        "within_tolerance": float(np.mean(gaps <= tolerance)),
+        "within_tolerance": float(np.mean(gaps <= TOLERANCE)),
     }
     # Largest differences, over the finite values.
     stepped, gaps, errors, allowed = stepped[finite], gaps[finite], errors[finite], allowed[finite]
