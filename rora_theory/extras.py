@@ -22,6 +22,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     ),
     "torch": ("datasets", "peft", "torch", "transformers"),
     "cluster": ("ray",),
+    "logging": ("tensorboardX", "wandb"),
 }
 """Import names of the packages in each extra of `pyproject.toml`."""
 

@@ -26,14 +26,17 @@ from rora_theory.lab.finetune import (
     prepare,
     run_report,
     sharding,
+    trackers,
 )
 from rora_theory.lab.finetune.checkpoints import silence_checkpoint_logs
 from rora_theory.lab.finetune.distributed import ProcessConfig
 from rora_theory.lab.finetune.loop import NonFiniteLossError, StepCompleted, Trainer, ValidationCompleted, resumption
 from rora_theory.lab.finetune.memory import StepMemory
 from rora_theory.lab.finetune.outputs import OutputConfig, write_outputs
+from rora_theory.lab.finetune.trackers import TrackerName
 from rora_theory.runs.folder import RunFolder, check_free, path_of
 from rora_theory.runs.summary import KeyFigure
+from rora_theory.validation.ranges import check_ranges
 from rora_theory.validation.rules import check_warmup
 from sims.common import answers, cli, prompts, tables
 from sims.common.progress import progress_bar
@@ -52,12 +55,17 @@ class FinetuneOptions:
     reading: DataConfig = field(default_factory=DataConfig)
     training: FinetuneConfig = field(default_factory=FinetuneConfig)
     out: cli.Out = None
+    log_to: TrackerName | None = None
+    """Also log losses, learning rate, gradient norm and tokens/s to tensorboard (event files in the run folder) or
+    wandb (Weights & Biases)"""
     output: OutputConfig = field(default_factory=OutputConfig)
     fsdp: bool = False
     """Split the base weights over the devices, instead of copying them to each"""
     processes: ProcessConfig = field(default_factory=ProcessConfig)
 
     def __post_init__(self) -> None:
+        check_ranges(self)
+        trackers.check_tracker(self.log_to)
         check_warmup(self.training.warmup, self.training.steps or inf)
         self.output.check_training(self.training)
 
@@ -109,7 +117,7 @@ def finetune_model(config: FinetuneOptions) -> None:
                 pass
         else:
             record_start(folder, trainer, model, data.summary, training, memory)
-            events = train(trainer, folder)
+            events = train(trainer, folder, config.log_to)
         adapter = trainer.adapter(config.output.keep)
     # Only the first process writes: the outputs, their card, and the summary.
     if folder is not None:
@@ -140,17 +148,19 @@ def record_start(
     print(memory.describe(device), flush=True)
 
 
-def train(trainer: Trainer, folder: RunFolder) -> list[dict[str, Any]]:
+def train(trainer: Trainer, folder: RunFolder, log_to: TrackerName | None = None) -> list[dict[str, Any]]:
     """Train to the end, writing every event to `metrics.jsonl`, then all events to `results.csv`."""
-    # Events go to the journal and the progress bar. A resumed run begins with the past ones.
+    # Events go to the journal, the tracker and the progress bar. A resumed run begins with the past ones.
     events = Metrics(folder.path / metrics.FILE, trainer)
     print(resumption(trainer.step, trainer.steps, resumed=folder.resumed))
     fields = "loss {loss:.3f}  lr {lr:.1e}  {rate:,.0f} tokens/s"
+    tracked = trackers.track(log_to, folder.path, run=folder.identity, config=folder.entry("config"), step=trainer.step)
     try:
-        with progress_bar("training", trainer.steps, fields=fields) as bar:
+        with tracked as log, progress_bar("training", trainer.steps, fields=fields) as bar:
             bar.advance(trainer.step)
             for event in trainer.train():
                 events.add(event)
+                log(event)
                 if isinstance(event, StepCompleted):
                     bar.advance(1, loss=event.loss, lr=event.learning_rate, rate=event.speed)
                 elif isinstance(event, ValidationCompleted):

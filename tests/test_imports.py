@@ -58,7 +58,7 @@ def import_names(extra: str) -> set[str]:
     return {"google" if name == "protobuf" else name for name in distributions}
 
 
-EXTRA_PACKAGES = set().union(*map(import_names, ("finetune", "torch", "cluster")))
+EXTRA_PACKAGES = set().union(*map(import_names, ("finetune", "torch", "logging", "cluster")))
 """Packages of the extras, by the names that they are imported by."""
 
 HIDE_EXTRA_PACKAGES = f"""
@@ -75,7 +75,7 @@ sys.meta_path.insert(0, Hidden())
 def test_every_hidden_package_belongs_to_an_extra() -> None:
     finetune = {"datasets", "gguf", "google", "huggingface_hub", "jinja2", "orbax", "pyarrow", "safetensors"}
     finetune |= {"sentencepiece", "tokenizers", "transformers"}
-    assert finetune | {"peft", "torch", "ray"} == EXTRA_PACKAGES
+    assert finetune | {"peft", "torch", "tensorboardX", "wandb", "ray"} == EXTRA_PACKAGES
     assert {name for names in extras.PACKAGES.values() for name in names} == EXTRA_PACKAGES
     for extra, names in extras.PACKAGES.items():
         assert import_names(extra) == set(names)

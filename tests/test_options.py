@@ -90,6 +90,7 @@ OPTIONS: dict[type, dict[str, tuple[Any, str]]] = {
     FinetuneOptions: MODEL
     | {
         "data": (REQUIRED, CONTENT), "fsdp": (False, REACHES),
+        "log_to": (None, "sims/test_finetune.py::test_the_curves_in_tensorboard_are_those_of_the_run"),
     },
     FinetuneConfig: {
         **{

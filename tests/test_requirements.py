@@ -11,7 +11,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PYTHONS = ("3.11", "3.12", "3.13")
-LOCKS = {"all.txt": {"all"}, "test.txt": {"cluster", "docs", "finetune", "test"}}
+LOCKS = {"all.txt": {"all"}, "test.txt": {"cluster", "docs", "finetune", "logging", "test"}}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 

@@ -1,14 +1,27 @@
 """The rate for nothing: the public sweeps' rates by the law of the advice, and the regret of one and of three runs."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from rora_theory import InputError, Setting, transfer
 from rora_theory.advice.best_rate import Run, best_rate_change
-from rora_theory.evidence.rate_prior import CURVATURE, REFERENCE, RateBelief, expected_rate, rate_prior
+from rora_theory.evidence.rate_prior import (
+    CURVATURE,
+    PUBLIC_CURVATURE,
+    REFERENCE,
+    RateBelief,
+    expected_rate,
+    rate_prior,
+)
 from rora_theory.evidence.starting_rates import models, starting_rate
+from rora_theory.evidence.sweeps import load_sweeps
+from rora_theory.lab.sweep.curves import curves_at
+from rora_theory.lab.sweep.runs import read_runs, read_tokens
+
+PUBLISHED = Path(__file__).parents[2] / "results" / "published"
 
 
 def test_the_prior_is_the_public_sweeps_carried_to_the_planned_run() -> None:
@@ -99,3 +112,25 @@ def test_bad_input(arguments, named) -> None:
     with pytest.raises(InputError, match=named) as refused:
         expected_rate(REFERENCE, config=None, **arguments)
     assert "\n" not in str(refused.value)
+
+
+def median_curvature(curves) -> float:
+    """Return the median curvature of the parabola through the lowest mean loss and its neighbours, against log rate."""
+    values = []
+    for curve in curves:
+        losses, place = curve.losses.mean(axis=0), int(curve.losses.mean(axis=0).argmin())
+        if 0 < place < len(losses) - 1:
+            near = slice(place - 1, place + 2)
+            values.append(2 * np.polyfit(np.log(curve.rates[near]), losses[near], 2)[0])
+    assert len(values) >= 10
+    return float(np.median(values))
+
+
+def test_the_curvatures_are_those_of_published_curves() -> None:
+    """Our runs of SmolLM2-135M after 64 steps, and the public sweeps that ship with the package."""
+    runs = read_runs(PUBLISHED / "horizon")
+    tokens = next(iter(read_tokens(PUBLISHED / "horizon").values()))[0]
+    ours = [curve for curve in curves_at(runs, tokens, 64, draws=2) if curve.gain and not curve.edge]
+    assert median_curvature(ours) == pytest.approx(CURVATURE, rel=0.15)
+    public = [fit.curve for sweep in load_sweeps("tinker") for fit in sweep.fits if fit.is_inside]
+    assert median_curvature(public) == pytest.approx(PUBLIC_CURVATURE, rel=0.15)

@@ -1,5 +1,6 @@
 """`python -m sims.finetune` on a tiny checkpoint: killed and resumed, merged, read back."""
 
+import importlib.util
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 from support import checkpoint, commands, drawings, tiny
+from support.event_files import logged
 
 from figures import loss_curves
 from rora_theory.lab.adapters import load_peft, share
@@ -174,8 +176,21 @@ def brief(model, data, tmp_path_factory) -> tuple[list[str], Path, str]:
     """Return the command, folder and output of a run of three steps, each with a validation loss."""
     out = tmp_path_factory.mktemp("brief") / "run"
     more = "--steps 3 --warmup 1 --evaluate-every 1 --merge --serve-as portable"
+    if importlib.util.find_spec("tensorboardX"):
+        more += " --log-to tensorboard"
     command = arguments(model, data, out, *more.split())
     return command, out, train_on_eight(command)
+
+
+@pytest.mark.slow
+def test_the_curves_in_tensorboard_are_those_of_the_run(brief):
+    pytest.importorskip("tensorboardX", reason="the extra logging")
+    _, out, _ = brief
+    names = {"step": "train/loss", "validation": "validation/loss"}
+    expected = {(names[event["event"]], event["step"]): event["loss"] for event in events(out)}
+    recorded = logged(out / "tensorboard")
+    assert {key: recorded[key] for key in expected} == pytest.approx(expected, rel=1e-6)
+    assert manifest_of(out)["config"].get("log_to") is None
 
 
 @pytest.mark.slow
