@@ -16,7 +16,6 @@ from rora_theory.lab.data.batches import Batch
 from rora_theory.lab.finetune.config import FinetuneConfig
 from rora_theory.lab.finetune.loss import cross_entropy, cross_entropy_of_trained_head
 from rora_theory.lab.llama import LlamaConfig
-from rora_theory.lab.llama.attention import Route
 from rora_theory.optimizers import schedule_factor
 
 Params = Any
@@ -107,7 +106,6 @@ def train_step(
     config: FinetuneConfig,
     steps: int,
     *,
-    attention: Route = "auto",
     state_shardings: Any = None,
 ) -> jax.stages.Wrapped:
     """Return the jitted function ``(state, base, batch) -> (state, metrics)``, which donates the old state.
@@ -121,7 +119,7 @@ def train_step(
       state_shardings: Shardings of the new state, see `lab.finetune.sharding`; None keeps it on the device of
         the old state.
     """
-    update = _make_step(llama_config, config, steps, attention=attention)
+    update = _make_step(llama_config, config, steps)
 
     def step(state: State, base: Params, batch: Batch) -> tuple[State, StepMetrics]:
         return update(state, base, batch, adapter, None)
@@ -194,7 +192,7 @@ class SharedSteps:
 
 
 def _make_step(
-    llama_config: LlamaConfig, config: FinetuneConfig, steps: int, *, attention: Route = "auto"
+    llama_config: LlamaConfig, config: FinetuneConfig, steps: int
 ) -> Callable[[State, Params, Batch, TrainableAdapter, Array | None], tuple[State, StepMetrics]]:
     """Return the function ``(state, base, batch, adapter, peak) -> (state, metrics)``, which the caller compiles.
 
@@ -205,15 +203,7 @@ def _make_step(
     def microbatch_loss(
         params: Params, base: Params, adapter: TrainableAdapter, microbatch: Batch, targets: Array, key: Array | None
     ) -> Array:
-        loss_sum = batch_loss(
-            base,
-            microbatch,
-            llama_config,
-            adapter.replace(params),
-            key=key,
-            remat=config.remat,
-            attention=attention,
-        )
+        loss_sum = batch_loss(base, microbatch, llama_config, adapter.replace(params), key=key, remat=config.remat)
         # Divided by the targets of the whole batch, so that losses and gradients of microbatches add up.
         return loss_sum / targets
 
@@ -287,7 +277,6 @@ def batch_loss(
     *,
     key: PRNGKeyArray | None = None,
     remat: bool | str = False,
-    attention: Route = "auto",
 ) -> Float[Array, ""]:
     """Compute the cross-entropy summed over a batch's targets.
 
@@ -302,7 +291,7 @@ def batch_loss(
     # trained as a whole has no base.
     is_whole = isinstance(adapter, WholeModel)
     base = adapter.params if is_whole else jax.lax.stop_gradient(base)
-    hidden = llama.hidden_states(base, batch.inputs, llama_config, adapter, key=key, remat=remat, attention=attention)
+    hidden = llama.hidden_states(base, batch.inputs, llama_config, adapter, key=key, remat=remat)
     # Keep the hidden states of target positions only: the logits are the largest array of the step.
     if batch.positions is not None:
         hidden = jnp.take_along_axis(hidden, batch.positions[..., None], axis=1)

@@ -1,50 +1,35 @@
 r"""Causal grouped-query attention, :math:`\mathrm{softmax}(q k^\top / \sqrt d)\, v` for each head.
 
-Three implementations compute the same function. ``"cudnn"`` is cuDNN's fused kernel and ``"xla"`` the plain form, both
-through `jax.nn.dot_product_attention`. ``"blocked"`` is the plain form by blocks of queries: a block computes no scores
-with keys of its future, and no probabilities are stored for the backward pass. On two CPU cores, with 4 x 256 tokens
-and 9 heads over 3 of width 64, forward and backward take 11 ms blocked and 40 ms plain; the plain form stores 9 MB of
-probabilities a layer.
+Two implementations compute the same function. ``"cudnn"`` is cuDNN's fused kernel, through
+`jax.nn.dot_product_attention`. ``"blocked"`` goes by blocks of queries: a block computes no scores with keys of its
+future, and no probabilities are stored for the backward pass. On two CPU cores, with 4 x 256 tokens and 9 heads over 3
+of width 64, forward and backward take 11 ms blocked and 40 ms in JAX's plain form, which stores 9 MB of probabilities a
+layer.
 """
 
 import itertools
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
-from rora_theory.scaling import check_choice
-
-Route: TypeAlias = str
-"""Name of an implementation of attention, one of `ROUTES`; see `choose_route`."""
-ROUTES: tuple[Route, ...] = ("auto", "blocked", "xla", "cudnn")
+Route = Literal["blocked", "cudnn"]
+"""Implementation of attention, see `choose_route`."""
 _MIN_BLOCK_ROWS = 64  # queries in a block
 _MAX_BLOCKS = 16  # each block is compiled
 _MASKED_SCORE = -1e30  # exp gives 0 in float32; -inf would give NaN in a row whose keys are all hidden
 
 
-def choose_route(
-    route: Route, dtype: jnp.dtype, head_dim: int, *, queries: int, keys: int, masked: bool = False
-) -> Route:
-    """Choose the implementation of attention.
+def choose_route(dtype: jnp.dtype, head_dim: int, *, queries: int, keys: int, masked: bool = False) -> Route:
+    """Choose the implementation of attention: ``"cudnn"`` if its kernel applies and ``"blocked"`` otherwise.
 
-    ``"auto"`` is ``"cudnn"`` if its kernel applies and ``"blocked"`` otherwise. The kernel needs an NVIDIA GPU of
-    compute capability 8 or higher, bfloat16 or float16, and a ``head_dim`` that is a multiple of 8 up to 128. Under a
-    mask that is not merely causal it also needs an even number of queries and of keys.
-
-    Returns:
-      ``"blocked"``, ``"xla"`` or ``"cudnn"``.
-
-    Raises:
-      InputError: The route is unknown.
+    The kernel needs an NVIDIA GPU of compute capability 8 or higher, bfloat16 or float16, and a ``head_dim`` that is a
+    multiple of 8 up to 128. Under a mask that is not merely causal it also needs an even number of queries and of keys.
     """
-    check_choice("attention", route, ROUTES)
-    if route != "auto":
-        return route
     is_supported = dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128
     needs_even_lengths = masked or queries != keys
     is_supported = is_supported and not (needs_even_lengths and (queries % 2 or keys % 2))
@@ -64,7 +49,7 @@ def attend(
     v: Float[Array, "b t k d"],
     mask: Bool[Array, "#b 1 s t"] | None = None,
     *,
-    route: Route = "auto",
+    route: Route | None = None,
 ) -> Float[Array, "b s n d"]:
     """Compute the attention of the last s of t positions, in the dtype of ``q``.
 
@@ -76,22 +61,16 @@ def attend(
       v: Values of all t positions.
       mask: True if a query may attend to a key, never one after its own position; None allows all keys up to its own.
         The output of a query that may attend to no key is finite but meaningless.
+      route: Implementation; None chooses one, see `choose_route`.
     """
     length, keys = q.shape[1], k.shape[1]
-    route = choose_route(route, q.dtype, q.shape[3], queries=length, keys=keys, masked=mask is not None)
+    route = route or choose_route(q.dtype, q.shape[3], queries=length, keys=keys, masked=mask is not None)
     if route == "blocked":
         return _blocked(q, k, v, mask)
     # JAX's own causal mask counts from the first key, so later queries need an explicit one.
     if mask is None and length != keys:
         mask = causal_mask(length, keys, keys - length)[None, None]
-    if route == "cudnn":
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None, implementation="cudnn")
-    # In float32 throughout: JAX differentiates a bfloat16 product of this function into one of mixed dtypes.
-    wide = [a.astype(jnp.float32) for a in (q, k, v)]
-    out: Array = jax.nn.dot_product_attention(
-        wide[0], wide[1], wide[2], mask=mask, is_causal=mask is None, implementation="xla"
-    )
-    return out.astype(q.dtype)
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None, implementation="cudnn")
 
 
 def attend_segments(

@@ -36,7 +36,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, Shaped
 
 from rora_theory.errors import InputError
 from rora_theory.lab.llama import rope
-from rora_theory.lab.llama.attention import Route, attend, causal_mask
+from rora_theory.lab.llama.attention import attend, causal_mask
 from rora_theory.lab.llama.config import MODULES, LlamaConfig
 from rora_theory.lab.llama.quantised import (
     QUANTIZATIONS,
@@ -172,7 +172,6 @@ def forward(
     attention_mask: Shaped[Array, "b s"] | None = None,
     key: PRNGKeyArray | None = None,
     remat: bool | str = False,
-    attention: Route = "auto",
 ) -> Float[Array, "b s v"]:
     """Compute the logits of the next token at every position.
 
@@ -187,14 +186,12 @@ def forward(
         the outputs at padding are meaningless in any case.
       key: Random key of the adapter's dropout; None for evaluation.
       remat: Parts of each layer that the backward pass recomputes, one of `REMAT_CHOICES`.
-      attention: Implementation of attention, see `attention.choose_route`.
 
     Returns:
       Float32 logits.
 
     Raises:
-      InputError: The sequence is empty or longer than ``max_position_embeddings``, or the route or ``remat`` is
-        unknown.
+      InputError: The sequence is empty or longer than ``max_position_embeddings``, or ``remat`` is unknown.
     """
     hidden = hidden_states(
         params,
@@ -204,7 +201,6 @@ def forward(
         attention_mask=attention_mask,
         key=key,
         remat=remat,
-        attention=attention,
     )
     return unembed(params, hidden, config)
 
@@ -220,7 +216,6 @@ def hidden_states(
     visible: Bool[Array, "b s s"] | None = None,
     key: PRNGKeyArray | None = None,
     remat: bool | str = False,
-    attention: Route = "auto",
     capture: Sequence[str] | None = None,
 ) -> Any:
     """Compute the output of the final norm, [b, s, hidden_size] in the weights' dtype.
@@ -238,7 +233,6 @@ def hidden_states(
         the sliding window of layers that have one.
       key: Random key of the adapter's dropout; None for evaluation.
       remat: Parts of each layer that the backward pass recomputes, one of `REMAT_CHOICES`.
-      attention: Implementation of attention, see `attention.choose_route`.
       capture: Names of `MODULES` to return the inputs of.
 
     Returns:
@@ -286,7 +280,7 @@ def hidden_states(
         def attend_to_all(q: Array, k: Array, v: Array) -> Array:
             k, v, layer_mask = prepend_prefix(adapter.prefix(slices), k, v, mask)
             layer_mask = apply_window(config, layer_mask, positions, positions, k.shape[1], windowed)
-            return attend(q, k, v, layer_mask, route=attention)
+            return attend(q, k, v, layer_mask)
 
         return decoder_layer(x, weights, config, angles(windowed), apply, attend_to_all), inputs
 

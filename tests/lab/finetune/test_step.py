@@ -13,6 +13,7 @@ from rora_theory.lab import llama
 from rora_theory.lab.data.batches import Batch
 from rora_theory.lab.finetune import Batches, FinetuneConfig, choose_widths, tokenize
 from rora_theory.lab.finetune import step as steps
+from rora_theory.lab.llama import attention
 
 STEPS = 10
 TARGETS = ("q_proj", "down_proj")
@@ -226,6 +227,7 @@ def test_the_whole_step_lowers_for_cuda(changes, monkeypatch):
     from jax._src.cudnn import fused_attention_stablehlo
 
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(attention, "_has_fused_kernel", lambda: True)
     model, config = dataclasses.replace(tiny.CONFIG, head_dim=64), changed(**changes)
     shapes = llama.abstract_params(model, jnp.bfloat16)
 
@@ -237,7 +239,7 @@ def test_the_whole_step_lowers_for_cuda(changes, monkeypatch):
     state = jax.eval_shape(start, shapes)[1]
     part = jax.ShapeDtypeStruct((4, 64), jnp.int32)
     data = Batch(part, part, jax.ShapeDtypeStruct((4, 64), jnp.float32), None)
-    step = steps.train_step(fresh, model, config, STEPS, attention="cudnn")
+    step = steps.train_step(fresh, model, config, STEPS)
     text = step.trace(state, shapes, data).lower(lowering_platforms=("cuda",)).as_text()
     assert "@__cudnn$fmhaSoftmax(" in text
     assert "@__cudnn$fmhaSoftmaxBackward(" in text

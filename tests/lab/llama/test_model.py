@@ -27,7 +27,7 @@ from rora_theory.lab.llama import (
     rope,
     unembed,
 )
-from rora_theory.lab.llama.attention import attend, attend_segments, choose_route
+from rora_theory.lab.llama.attention import attend, attend_segments, causal_mask, choose_route
 from rora_theory.lab.llama.model import NoAdapter, rms_norm
 from rora_theory.lab.llama.shapes import SHAPES
 
@@ -113,7 +113,6 @@ REFUSED_CALLS = [
     ),
     (lambda params, tokens, config: forward(params, tokens, config, remat="all"), "remat .*'all'"),
     (lambda params, tokens, config: hidden_states(params, tokens, config, capture=("lm_head",)), "capture .*'lm_head'"),
-    (lambda params, tokens, config: forward(params, tokens, config, attention="flash"), "attention .*'flash'"),
 ]
 
 
@@ -285,7 +284,6 @@ def plain_attention(q, k, v, mask):
     return np.einsum("bnst,btnd->bsnd", weights / weights.sum(axis=-1, keepdims=True), v)
 
 
-@pytest.mark.parametrize("route", ["blocked", "xla"])
 @pytest.mark.parametrize(
     ("length", "keys", "heads", "kv_heads", "masked", "dtype"),
     [
@@ -298,7 +296,7 @@ def plain_attention(q, k, v, mask):
         (70, 70, 4, 2, False, jnp.float16),
     ],
 )
-def test_attention_equals_its_definition(route, length, keys, heads, kv_heads, masked, dtype):
+def test_attention_equals_its_definition(length, keys, heads, kv_heads, masked, dtype):
     random_keys = jax.random.split(jax.random.key(length), 3)
     q = jax.random.normal(random_keys[0], (2, length, heads, 8)).astype(dtype)
     k, v = (jax.random.normal(key, (2, keys, kv_heads, 8)).astype(dtype) for key in random_keys[1:])
@@ -307,7 +305,7 @@ def test_attention_equals_its_definition(route, length, keys, heads, kv_heads, m
     if masked:
         mask[1, :, :, :2] = False
         mask[:, :, :, 2] = True
-    out = jax.jit(partial(attend, route=route))(q, k, v, jnp.asarray(mask) if masked else None)
+    out = jax.jit(attend)(q, k, v, jnp.asarray(mask) if masked else None)
     assert out.dtype == dtype
     # In half precision, probabilities and output are rounded once each: two roundings of values up to about 2.
     tolerance = 3e-6 if dtype == jnp.float32 else 4 * float(jnp.finfo(dtype).eps)
@@ -315,7 +313,7 @@ def test_attention_equals_its_definition(route, length, keys, heads, kv_heads, m
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_blocked_attention_has_the_plain_routes_gradient(masked):
+def test_blocked_attention_has_the_gradient_of_the_plain_form(masked):
     shape = jax.random.split(jax.random.key(5), 4)
     q, g = (jax.random.normal(key, (2, 130, 6, 8)) for key in shape[:2])
     k, v = (jax.random.normal(key, (2, 133, 3, 8)) for key in shape[2:])
@@ -324,15 +322,19 @@ def test_blocked_attention_has_the_plain_routes_gradient(masked):
         seen = np.arange(133)[None, :] <= np.arange(3, 133)[:, None]
         mask = jnp.asarray(seen[None, None] & (np.arange(133) >= np.array([0, 40])[:, None])[:, None, None])
 
-    def gradient(route):
+    def plain(q, k, v, mask):
+        visible = causal_mask(130, 133, 3)[None, None] if mask is None else mask
+        return jax.nn.dot_product_attention(q, k, v, mask=visible, implementation="xla")
+
+    def gradient(attention):
         def loss(q, k, v):
-            out = attend(q, k, v, mask, route=route)
+            out = attention(q, k, v, mask)
             # Queries that see nothing give no meaningful output; here they are the first rows of the second.
             return jnp.sum((out * g)[:, 40:])
 
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
 
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-5), gradient("blocked"), gradient("xla"))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-5), gradient(attend), gradient(plain))
 
 
 def test_a_query_without_visible_keys_gives_finite_values_and_no_gradient():
@@ -385,9 +387,7 @@ def test_the_number_of_blocks_is_limited():
 def test_route(dtype, head_dim, shape, gpu, expected, monkeypatch):
     monkeypatch.setattr("rora_theory.lab.llama.attention._has_fused_kernel", lambda: gpu)
     queries, keys, masked = shape
-    choose = partial(choose_route, dtype=jnp.dtype(dtype), head_dim=head_dim, queries=queries, keys=keys, masked=masked)
-    assert choose("auto") == expected
-    assert choose("xla") == "xla"
+    assert choose_route(jnp.dtype(dtype), head_dim, queries=queries, keys=keys, masked=masked) == expected
 
 
 def test_random_and_abstract_weights_agree(tiny):
