@@ -2,11 +2,10 @@
 
     python -m sims.evaluate --data-dir DATA --protocol label --tasks boolq openbookqa --limit 200
 
-The run folder contains `samples.jsonl` (one scored item per line), `results.json` and `results.csv` (the accuracy of
-each task and their average, with standard errors). The same command resumes an interrupted run.
+The run folder contains `samples.jsonl` (one scored item per line) and `results.csv` (the accuracy of each task and
+their average, with standard errors). The same command resumes an interrupted run.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +22,6 @@ from rora_theory.lab.evaluate.accuracies import ACCURACY_COLUMNS, ACCURACY_UNITS
 from rora_theory.lab.llama import Adapter, Model, ModelSource, load, locate
 from rora_theory.runs import frames
 from rora_theory.runs.folder import RunFolder, check_free, path_of
-from rora_theory.runs.reading import as_json
 from rora_theory.runs.summary import KeyFigure
 from rora_theory.validation.ranges import Count, check_ranges
 from rora_theory.validation.rules import check_unread
@@ -32,7 +30,6 @@ from sims.common.progress import progress_bar
 from sims.common.summaries import summarised
 
 NAME = "evaluate"
-RESULTS = "results.json"
 
 
 @dataclass(frozen=True)
@@ -90,11 +87,12 @@ def load_scored_model(config: EvaluateOptions, origin: ModelSource) -> tuple[Mod
     """
     model = load(origin, config.dtype)
     cli.print_notes(origin.terms)
-    return (
-        (model, None)
-        if config.adapter is None
-        else adapters.load_with_adapter(config.adapter, model, merge=config.merge)
-    )
+    if config.adapter is None:
+        return model, None
+    adapter = adapters.load_adapter(config.adapter, model)
+    if config.merge and adapter.config.mergeable:
+        return adapters.merged(adapter, model), None
+    return model, adapter
 
 
 def evaluate(
@@ -122,13 +120,9 @@ def evaluate(
         for sample in saved.score(model, tasks, scoring, adapter=adapter, batch_size=config.batch_size):
             correct_count += sample.correct
             bar.advance(1, task=TASKS[sample.task].name, accuracy=correct_count / len(saved.scored))
-    # Accuracies, written as a table and, with all settings, as JSON.
     levels = accuracies(saved.scored, records)
     protocol_columns = {"protocol": scoring.protocol, "template": scoring.template}
     folder.write_frame(frames.from_rows([protocol_columns | asdict(level) for level in levels], ACCURACY_COLUMNS))
-    settings = {"model": config.model, "adapter": config.adapter, "dtype": config.dtype}
-    summary = {"scoring": asdict(scoring), **settings, "levels": levels}
-    folder.write(RESULTS, json.dumps(as_json(summary), indent=2) + "\n")
     return levels
 
 

@@ -81,7 +81,7 @@ def take(params, config, device, count=4):
         if device.platform == "cpu":  # also where the default backend is a GPU
             patch.setattr(attention, "_has_fused_kernel", lambda: False)
         base, data = jax.device_put((params, batch()), device)
-        fresh = config.lora().build(jax.random.key(1), MODEL, base)
+        fresh = config.adapter().build(jax.random.key(1), MODEL, base)
         state = steps.init_state(fresh, steps.finetune_optimizer(config, count), jax.random.key(2))
         function = steps.train_step(fresh, MODEL, config, count)
         rows = []
@@ -124,7 +124,7 @@ def test_a_resumed_run_ends_in_the_same_bits(params, tmp_path):
     examples = tokenize(tiny.records(16), tiny.ByteEncoder(), template=config.template)
 
     def trainer(folder):
-        adapter = config.lora().build(jax.random.key(1), MODEL, half)
+        adapter = config.adapter().build(jax.random.key(1), MODEL, half)
         train = Batches(examples, choose_widths(examples.input_lengths, 1), batch_size=4, epochs=2, seed=1)
         return Trainer(half, MODEL, adapter, config, train, None, folder)
 

@@ -13,6 +13,7 @@ from rora_theory.lab.adapters import LoraConfig, save_peft
 from rora_theory.lab.data import sources
 from rora_theory.lab.evaluate import Samples, samples
 from rora_theory.lab.llama import load, locate
+from rora_theory.runs import frames
 from sims import evaluate
 
 TASKS = {"boolq": ("true", "false"), "piqa": ("solution1", "solution2")}
@@ -55,7 +56,7 @@ def scored(folder: Path) -> list[dict]:
 
 
 def tables(folder: Path) -> list[bytes]:
-    return [(folder / name).read_bytes() for name in (samples.FILE, evaluate.RESULTS, "results.csv")]
+    return [(folder / name).read_bytes() for name in (samples.FILE, "results.csv")]
 
 
 @pytest.mark.slow
@@ -65,10 +66,10 @@ def test_a_run_writes_samples_and_results(protocol: str, finished: Path) -> None
     scores = scored(folder)
     assert [(s["task"], s["index"]) for s in scores] == [(task, n) for task in TASKS for n in range(count)]
     assert {s["protocol"] for s in scores} == {protocol}
-    results = json.loads((folder / evaluate.RESULTS).read_text())
-    assert results["scoring"]["protocol"] == protocol
-    assert [level["task"] for level in results["levels"]] == [*TASKS, "average"]
-    for level in results["levels"][:-1]:
+    levels = frames.rows(frames.read_csv(folder / "results.csv"))
+    assert {level["protocol"] for level in levels} == {protocol}
+    assert [level["task"] for level in levels] == [*TASKS, "average"]
+    for level in levels[:-1]:
         right = [s["correct"] for s in scores if s["task"] == level["task"]]
         assert level["accuracy"] == sum(right) / count
     manifest = json.loads((folder / "manifest.json").read_text())

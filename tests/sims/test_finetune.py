@@ -108,7 +108,7 @@ def test_a_run_writes_metrics_adapter_and_merged_model(complete, model):
     # 2 layers: q_proj is 16 x 16, down_proj 16 x 24, each with rank 2.
     assert manifest["trainable_parameters"] == 2 * 2 * ((16 + 16) + (16 + 24))
     base, merged = load(str(model)), load(str(complete / "merged"))
-    same_weights(merged.params, load_peft(complete / "adapter", base.config, base.params).merge(base.params))
+    same_weights(merged.params, load_peft(complete / "adapter", base.config).merge(base.params))
     assert not np.array_equal(*(m["layers"]["mlp.down_proj"]["weight"] for m in (merged.params, base.params)))
     assert merged.tokenizer.encode("fox</s>") == base.tokenizer.encode("fox</s>")
 
@@ -132,7 +132,7 @@ def test_an_adapter_on_a_quantised_base_is_trained_and_merged(model, data, tmp_p
     manifest = manifest_of(tmp_path / "whole")
     assert manifest["config"]["quantization"] == "q4_0"
     base, merged = load(wide, quantization="q4_0"), load(tmp_path / "whole" / "merged")
-    adapter = load_peft(tmp_path / "whole" / "adapter", base.config, base.params)
+    adapter = load_peft(tmp_path / "whole" / "adapter", base.config)
     expected = adapter.merge(dense_params(base.params))
     same_weights(merged.params, expected)
     assert manifest["trainable_share"] == share(adapter, expected)
@@ -163,7 +163,7 @@ def test_the_best_or_the_last_adapter_is_written(model, data, tmp_path, monkeypa
         train_on_eight([*command, "--keep", keep])
         recorded = {event["step"]: event["loss"] for event in events(out, "validation")}
         assert manifest_of(out)["best_step"] == 2
-        adapter = load_peft(out / "adapter", base.config, base.params)
+        adapter = load_peft(out / "adapter", base.config)
         losses = record_losses(base.params, base.config, apart, adapter=adapter)
         mean = mean_per_token([item.loss for item in losses], [item.tokens for item in losses]).value
         assert mean == pytest.approx(recorded[step] / factor, rel=1e-4)
@@ -219,8 +219,8 @@ def test_the_seed_determines_the_initial_adapter(model, data, tmp_path):
     one_step = ["--steps", "1", "--warmup", "0", "--lr", "1e-30", "--held-out", "0", "--seed", "7"]
     train_on_eight(arguments(model, data, tmp_path / "run", *one_step))
     base = load(str(model))
-    saved = load_peft(tmp_path / "run" / "adapter", base.config, base.params)
-    expected = config.lora().build(jax.random.key(7), base.config, base.params)
+    saved = load_peft(tmp_path / "run" / "adapter", base.config)
+    expected = config.adapter().build(jax.random.key(7), base.config, base.params)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-20), saved.params, expected.params)
 
 

@@ -259,7 +259,7 @@ NEUTRAL = {
 """Settings that change no result, or that enter the identity through the values derived from them."""
 
 OF_A_CELL = {
-    "methods", "ranks", "alpha_rule", "gains", "alpha", "lrs", "full_lrs", "read_at", "axes", "seeds",
+    "methods", "ranks", "gains", "alpha", "lrs", "full_lrs", "read_at", "axes", "seeds",
 }  # fmt: skip
 """Settings of sims.sweep that the cells of one folder may differ in."""
 
@@ -285,7 +285,7 @@ OTHER: dict[str, Any] = {
     "pretrain": {"hidden_size": 32, "heads": 4, "context": 24, "accumulation": 2, "steps": 7, "batch_size": 5},
     "evaluate": {"tasks": ("boolq",), "protocol": "label", "template": "clean", "limit": 2},
     "sweep": {
-        "methods": ("rora",), "ranks": (4,), "alpha_rule": "2r", "seeds": (1,),
+        "methods": ("rora",), "ranks": (4,), "seeds": (1,),
         "gains": (4.0,), "full_lrs": (0.1,), "read_at": (2, 3), "axes": ("clip=2",),
         "train_records": 8, "limit": 2, "tasks": ("boolq",), "protocol": "harness",
         "eval_template": "eval", "quantization": "q8_0",

@@ -98,7 +98,7 @@ def test_the_loss_of_a_cell_is_that_of_its_adapter(swept, model, data, method) -
     original = load(str(model))
     records = [Record(**{"input": ""} | json.loads((data / r["source"]).read_text())[int(r["index"])]) for r in written]
     examples = tokenize(records, tokenizer=original.tokenizer, template="clean", cutoff=512, answer_only=True)
-    adapter = load_peft(swept / "cells" / row["key"] / "adapter", original.config, original.params)
+    adapter = load_peft(swept / "cells" / row["key"] / "adapter", original.config)
     actual = record_losses(original.params, original.config, examples, adapter=adapter)
     assert [item.tokens for item in actual] == [int(r["tokens"]) for r in written]
     # Merged and beside the weights: float32 sums in another order.

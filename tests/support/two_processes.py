@@ -27,7 +27,7 @@ def train(folder: Path, params: Any, layout: Layout | None = None) -> list[float
     """Return training and validation losses, in order."""
     examples = tokenize(tiny.records(12), tiny.ByteEncoder(), template=CONFIG.template)
     widths = choose_widths(examples.input_lengths, 1)
-    adapter = CONFIG.lora().build(jax.random.key(1), tiny.CONFIG, params)
+    adapter = CONFIG.adapter().build(jax.random.key(1), tiny.CONFIG, params)
     train, held_out = (Batches(examples, widths, batch_size=4, seed=seed) for seed in (1, None))
     run = Trainer(params, tiny.CONFIG, adapter, CONFIG, train, held_out, folder, layout=layout)
     losses = [event.loss for event in run.train()]

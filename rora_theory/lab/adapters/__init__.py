@@ -9,7 +9,7 @@ from rora_theory.lab.adapters.base import (
 from rora_theory.lab.adapters.bottleneck import BottleneckAdapter, BottleneckConfig
 from rora_theory.lab.adapters.full import FullAdapter, FullConfig
 from rora_theory.lab.adapters.lora import LoraAdapter, LoraConfig
-from rora_theory.lab.adapters.merged import load_adapter, load_with_adapter, merged, save_merged
+from rora_theory.lab.adapters.merged import load_adapter, merged, save_merged
 from rora_theory.lab.adapters.peft import adapter_digest, load_peft, rewrite_portable, save_peft
 from rora_theory.lab.adapters.prefix import PrefixAdapter, PrefixConfig
 from rora_theory.lab.adapters.whole import WholeModel, WholeModelConfig
@@ -31,7 +31,6 @@ __all__ = [
     "adapter_digest",
     "load_adapter",
     "load_peft",
-    "load_with_adapter",
     "merged",
     "rewrite_portable",
     "save_merged",

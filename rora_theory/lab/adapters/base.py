@@ -46,12 +46,10 @@ class TrainableAdapter(NoAdapter):
     Attributes:
       params: Trainable parameters, a pytree of float32 arrays; its leaves have a leading axis of the layers.
       config: Configuration of the adapter.
-      llama_config: Configuration of the model, if the adapter needs it.
     """
 
     params: Any
     config: Any
-    llama_config: LlamaConfig
 
     def layers(self) -> Any:
         """Return the parameters, scanned over the layers beside the weights."""
@@ -78,10 +76,6 @@ class TrainableAdapter(NoAdapter):
     def count(self) -> int:
         """Return the number of trainable parameters, without the padding of ranks."""
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.params))
-
-    def table(self) -> tuple[AdaptedModule, ...]:
-        """Return the table of adapted modules, with a row for the layers of a module that share rank and alpha."""
-        return self.config.table(self.llama_config)
 
 
 @runtime_checkable
@@ -117,7 +111,7 @@ class AdapterConfig(Protocol):
         ...
 
     def table(self, llama_config: LlamaConfig) -> tuple[AdaptedModule, ...]:
-        """Return the table of the modules that this configuration adapts in a model."""
+        """Return the table of adapted modules, with a row for the layers of a module that share rank and alpha."""
         ...
 
 

@@ -118,10 +118,10 @@ class BottleneckConfig:
                 name: INIT_DEVIATION * jax.random.normal(tensor_key, (count, *shape), jnp.float32)
                 for tensor_key, (name, shape) in zip(keys, self.shapes(module, llama_config).items(), strict=True)
             }
-        return BottleneckAdapter(tensors, self, llama_config)
+        return BottleneckAdapter(tensors, self)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config", "llama_config"])
+@partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config"])
 @dataclass(frozen=True)
 class BottleneckAdapter(TrainableAdapter):
     """A series or parallel adapter, a pytree that `rora_theory.lab.llama.forward` applies.
@@ -133,7 +133,6 @@ class BottleneckAdapter(TrainableAdapter):
 
     params: dict[str, dict[str, Any]]
     config: BottleneckConfig
-    llama_config: LlamaConfig
 
     def linear(
         self,

@@ -62,10 +62,10 @@ class FullConfig:
         weights = {
             module: {"weight": to_dense(params["layers"][module]["weight"]).astype(jnp.float32)} for module in modules
         }
-        return FullAdapter(weights, self, llama_config)
+        return FullAdapter(weights, self)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config", "llama_config"])
+@partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config"])
 @dataclass(frozen=True)
 class FullAdapter(TrainableAdapter):
     """Trained weights that replace the model's, a pytree that `rora_theory.lab.llama.forward` applies.
@@ -76,7 +76,6 @@ class FullAdapter(TrainableAdapter):
 
     params: dict[str, dict[str, Any]]
     config: FullConfig
-    llama_config: LlamaConfig
 
     def linear(
         self,

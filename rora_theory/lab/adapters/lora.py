@@ -104,7 +104,18 @@ class LoraConfig:
         )
 
     def table(self, llama_config: LlamaConfig) -> tuple[AdaptedModule, ...]:
-        return _rows(self, self.targets(llama_config))
+        # Group the layers of each module by rank and alpha.
+        rows = []
+        for target in self.targets(llama_config):
+            groups: dict[tuple[int, float], list[int]] = {}
+            for layer, (rank, alpha) in enumerate(zip(target.ranks, target.alphas, strict=True)):
+                # Rank 0 marks a layer that is not adapted.
+                if rank:
+                    groups.setdefault((rank, alpha), []).append(layer)
+            for (rank, alpha), layers in groups.items():
+                gamma = scaling_factor(self.rule, alpha=alpha, rank=rank)
+                rows.append(AdaptedModule(target.module, layer_text(layers), rank, alpha, str(self.rule), gamma))
+        return tuple(rows)
 
     def build(self, key: PRNGKeyArray, llama_config: LlamaConfig, params: Params) -> "LoraAdapter":
         """Initialise an adapter: A at random, B with zero, DoRA's magnitudes with the row norms of W."""
@@ -196,9 +207,6 @@ class LoraAdapter(TrainableAdapter):
             total += sum(rank * (p_in + p_out) + magnitudes for rank in target.ranks if rank)
         return total
 
-    def table(self) -> tuple[AdaptedModule, ...]:
-        return _rows(self.config, self.targets)
-
 
 def assemble_lora(config: LoraConfig, targets: Sequence[Target], tensors: dict[str, dict[str, Any]]) -> LoraAdapter:
     """Construct an adapter from padded tensors, with the scaling factors of its configuration."""
@@ -248,18 +256,3 @@ def _delta(tensors: dict[str, Array]) -> Float[Array, "o i"]:
 
 def _factor(tensors: dict[str, Array], norm: Float[Array, " o"]) -> Float[Array, "o 1"]:
     return dora.factor(tensors["lora_magnitude_vector"], norm, tensors["scaling"] > 0)[:, None]
-
-
-def _rows(config: LoraConfig, targets: Sequence[Target]) -> tuple[AdaptedModule, ...]:
-    # Group the layers of each module by rank and alpha.
-    rows = []
-    for target in targets:
-        groups: dict[tuple[int, float], list[int]] = {}
-        for layer, (rank, alpha) in enumerate(zip(target.ranks, target.alphas, strict=True)):
-            # Rank 0 marks a layer that is not adapted.
-            if rank:
-                groups.setdefault((rank, alpha), []).append(layer)
-        for (rank, alpha), layers in groups.items():
-            gamma = scaling_factor(config.rule, alpha=alpha, rank=rank)
-            rows.append(AdaptedModule(target.module, layer_text(layers), rank, alpha, str(config.rule), gamma))
-    return tuple(rows)

@@ -37,7 +37,7 @@ def load_adapter(folder: str | os.PathLike[str], model: Model) -> Any:
     Raises:
       InputError: If `load_peft` rejects the adapter.
     """
-    adapter, origin = load_peft(folder, model.config, model.params), model.origin
+    adapter, origin = load_peft(folder, model.config), model.origin
     trained_on = read_adapter_metadata(folder).get(BASE_MODEL_DIGEST)
     if trained_on is not None and trained_on != origin.sha256:
         logger.warning(
@@ -45,26 +45,6 @@ def load_adapter(folder: str | os.PathLike[str], model: Model) -> Any:
             f"{origin.sha256[:12]}. Pass the base model of the training, unless both have the same weights."
         )
     return adapter
-
-
-def load_with_adapter(
-    folder: str | os.PathLike[str], model: Model, *, merge: bool = True
-) -> tuple[Model, TrainableAdapter | None]:
-    """Load an adapter, and merge it into the model if possible.
-
-    Args:
-      folder: Folder of the adapter.
-      model: Base model.
-      merge: Whether to merge the adapter if it is mergeable.
-
-    Returns:
-      The model, and the adapter if it is not merged into the model.
-
-    Raises:
-      InputError: If `load_peft` rejects the adapter.
-    """
-    adapter = load_adapter(folder, model)
-    return (merged(adapter, model), None) if merge and adapter.config.mergeable else (model, adapter)
 
 
 def save_merged(folder: str | os.PathLike[str], adapter: TrainableAdapter, model: Model) -> None:

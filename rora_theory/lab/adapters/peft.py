@@ -31,7 +31,6 @@ from rora_theory.lab.adapters.prefix import PrefixAdapter
 from rora_theory.lab.adapters.targets import Target, full_name
 from rora_theory.lab.llama import LlamaConfig
 from rora_theory.lab.llama.hub import ModelSource
-from rora_theory.lab.llama.model import Params
 from rora_theory.runs import digests
 from rora_theory.runs.files import check_regular, temporary_path, write_new
 
@@ -169,13 +168,12 @@ def _sort_metadata(data: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + data[start:]
 
 
-def load_peft(folder: str | os.PathLike[str], llama_config: LlamaConfig, params: Params | None = None) -> Any:
+def load_peft(folder: str | os.PathLike[str], llama_config: LlamaConfig) -> Any:
     """Load an adapter saved by PEFT or by `save_peft`.
 
     Args:
       folder: Folder with `adapter_config.json` and `adapter_model.safetensors`; no file outside it is read.
       llama_config: Configuration of the base model.
-      params: Weights of the base model. If set, LoRA's shapes are checked against them instead of ``llama_config``.
 
     Returns:
       A `LoraAdapter`, `PrefixAdapter` or `BottleneckAdapter` in float32. LoRA's rule is ``"rora"`` if ``use_rslora`` is
@@ -203,7 +201,7 @@ def load_peft(folder: str | os.PathLike[str], llama_config: LlamaConfig, params:
     # LoRA: compare the tensors with the shapes that the configuration and the model imply.
     config, targets = peft_config.lora_config_of(path, values, llama_config)
     tensors = _read_tensors(folder / WEIGHTS)
-    shapes = {target.module: _module_shape(target.module, llama_config, params) for target in targets}
+    shapes = {target.module: llama_config.module_shape(target.module) for target in targets}
     _check_tensors(folder / WEIGHTS, tensors, _expected_shapes(config, targets, shapes), llama_config.num_hidden_layers)
     # Stack each module's layers, padded to its largest rank.
     params_by_module = {}
@@ -291,13 +289,6 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
         array = np.frombuffer(tensor["data"], DTYPES[tensor["dtype"]])
         tensors[name] = array.reshape(tensor["shape"]).astype(np.float32)
     return tensors
-
-
-def _module_shape(module: str, llama_config: LlamaConfig, params: Params | None) -> tuple[int, int]:
-    if params is None:
-        return llama_config.module_shape(module)
-    _, p_out, p_in = params["layers"][module]["weight"].shape
-    return p_out, p_in
 
 
 def _expected_shapes(

@@ -105,7 +105,7 @@ def adapter_tensors(adapter: Baseline) -> dict[str, np.ndarray]:
         _name(layer, module, kind): np.ascontiguousarray(stack[layer])
         for module, stacks in adapter.params.items()
         for kind, stack in ((kind, np.asarray(stack)) for kind, stack in stacks.items())
-        for layer in range(adapter.llama_config.num_hidden_layers)
+        for layer in range(len(stack))
     }
 
 
@@ -169,7 +169,7 @@ def assemble_baseline(config: BaselineConfig, tensors: Mapping[str, np.ndarray],
         }
         for module in config.modules(llama_config)
     }
-    return BottleneckAdapter(params, config, llama_config)
+    return BottleneckAdapter(params, config)
 
 
 def _name(layer: int, module: str, kind: str) -> str:

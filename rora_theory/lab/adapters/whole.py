@@ -49,6 +49,3 @@ class WholeModel(TrainableAdapter):
 
     def merge(self, params: Params) -> Params:  # noqa: ARG002
         return self.params
-
-    def table(self) -> tuple[AdaptedModule, ...]:
-        return ()

@@ -220,16 +220,6 @@ class FinetuneConfig:
                 target_modules=self.modules,
                 dropout=self.dropout,
             )
-        return self.lora()
-
-    def lora(self) -> LoraConfig:
-        """Return the configuration of a low-rank adapter.
-
-        Raises:
-          InputError: If the method is neither lora nor dora.
-        """
-        if self.method not in _LOW_RANK:
-            raise InputError(f"method must be {' or '.join(_LOW_RANK)}, got {self.method!r}")
         return LoraConfig(
             rank=self.rank,
             alpha=self.alpha,

@@ -14,11 +14,16 @@ LAST_STEPS = 10
 def describe_losses(events: Sequence[Mapping[str, Any]], held_out: int) -> str:
     """Return a sentence with the losses of a run."""
     steps, validations = _steps_and_validations(events)
-    losses = (
-        f"validation loss {_describe_validation_loss(validations, held_out)}"
-        if validations
-        else f"training loss {_describe_training_loss(steps)}"
-    )
+    if validations:
+        named = _notable_validations(validations).items()
+        losses = ", ".join(f"{event['loss']:.4f} at step {event['step']} ({name})" for name, event in named)
+        losses = f"validation loss {losses}; nats per token over {held_out:,} held-out records"
+    else:
+        last = steps[-LAST_STEPS:]
+        losses = (
+            f"training loss {steps[0]['loss']:.4f} nats per token on the batch of step 1, before any update; "
+            f"{fmean(step['loss'] for step in last):.4f}, the mean of the last {len(last)} steps"
+        )
     return f"Trained for {len(steps):,} steps: {losses}."
 
 
@@ -87,23 +92,3 @@ def _notable_validations(validations: Sequence[Mapping[str, Any]]) -> dict[str, 
     """Return the first, best and last validation event; a loss that is not a number is never the best."""
     best = min(validations, key=lambda event: inf if isnan(event["loss"]) else event["loss"])
     return {"first": validations[0], "best": best, "last": validations[-1]}
-
-
-def _describe_training_loss(steps: Sequence[Mapping[str, Any]]) -> str:
-    if not steps:
-        return ""
-    last = steps[-LAST_STEPS:]
-    return (
-        f"{steps[0]['loss']:.4f} nats per token on the batch of step 1, before any update; "
-        f"{fmean(step['loss'] for step in last):.4f}, the mean of the last {len(last)} steps"
-    )
-
-
-def _describe_validation_loss(validations: Sequence[Mapping[str, Any]], held_out: int) -> str:
-    if not validations:
-        return "not measured: no record was held out"
-    losses = ", ".join(
-        f"{event['loss']:.4f} at step {event['step']} ({name})"
-        for name, event in _notable_validations(validations).items()
-    )
-    return f"{losses}; nats per token over {held_out:,} held-out records"

@@ -70,16 +70,12 @@ _LLAMA3 = (
     r"|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")  # digits one by one
-_LLAMA3_PRE_TOKENIZER = PreTokenizer((_LLAMA3,), ignores_merges=True, adds_bos=True)
 
 PRE_TOKENIZERS = {
     # SmolLM2's tokenizer.json isolates single digits before it applies GPT-2's expression, so that a run of spaces
     # before a digit stays whole.
     "smollm": PreTokenizer((r"\p{N}", _GPT2)),
-    "llama-bpe": _LLAMA3_PRE_TOKENIZER,
-    "llama3": _LLAMA3_PRE_TOKENIZER,
-    "llama-v3": _LLAMA3_PRE_TOKENIZER,
-    "falcon3": _LLAMA3_PRE_TOKENIZER,
+    "llama-bpe": PreTokenizer((_LLAMA3,), ignores_merges=True, adds_bos=True),
     "qwen2": PreTokenizer((_QWEN2,), applies_nfc=True),
     "gpt-2": PreTokenizer((_GPT2,)),
     "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),

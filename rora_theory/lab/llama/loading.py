@@ -92,12 +92,9 @@ def model_config(origin: ModelSource) -> LlamaConfig:
 
 def model_tokenizer(origin: ModelSource) -> Tokenizer:
     """Read the tokenizer of a model without its weights; raises `InputError` like `load`."""
-    from rora_theory.lab.llama.gguf_file import open_gguf
-
-    source, embedding_rows = origin.path, model_config(origin).vocab_size
-    if source.is_dir():
-        return restrict_to_embeddings(Tokenizer.from_folder(source), embedding_rows)
-    return restrict_to_embeddings(Tokenizer.from_gguf(open_gguf(source), str(source)), embedding_rows)
+    source = origin.path
+    tokenizer = Tokenizer.from_folder(source) if source.is_dir() else Tokenizer.from_gguf(source)
+    return restrict_to_embeddings(tokenizer, model_config(origin).vocab_size)
 
 
 def restrict_to_embeddings(tokenizer: Tokenizer, embedding_rows: int) -> Tokenizer:

@@ -15,7 +15,6 @@ from rora_theory.lab.llama.gguf_file import END_TOKEN_KEYS, open_gguf, read_meta
 from rora_theory.runs.files import read_object
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader
     from transformers import PreTrainedTokenizerFast
 
 
@@ -183,7 +182,7 @@ class Tokenizer:
         return cls(backend, eos_ids=_as_tuple(eos_ids), source=str(path))
 
     @classmethod
-    def from_gguf(cls, source: "str | Path | GGUFReader", where: str | None = None) -> "Tokenizer":
+    def from_gguf(cls, path: Path) -> "Tokenizer":
         """Load the tokenizer in a GGUF file's metadata, see `gguf_tokenizer`.
 
         Raises:
@@ -192,8 +191,7 @@ class Tokenizer:
         """
         from rora_theory.lab.llama.gguf_tokenizer import build_tokenizer
 
-        where = str(source) if isinstance(source, str | Path) else where or "GGUF file"
-        reader = open_gguf(Path(source)) if isinstance(source, str | Path) else source
+        reader, where = open_gguf(path), str(path)
         tokenizer, settings = build_tokenizer(reader, where)
         backend = import_fast_tokenizer()(tokenizer_object=tokenizer, **settings)
         # Chat models name further ends, such as that of a turn.

@@ -340,41 +340,35 @@ def save_hf(
 
 
 def _write_weights(folder: Path, params: Params, config: LlamaConfig, shard_bytes: int) -> None:
+    from huggingface_hub import split_state_dict_into_shards_factory
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    # Every tensor: its name, its leaf of the tree, and its layer if the leaf is stacked.
-    tensors: list[tuple[str, Any, int | None]] = []
+    # The leaf of the tree that holds each tensor, and the tensor's layer if the leaf is stacked.
+    tensors: dict[str, tuple[Any, int | None]] = {}
     for path, leaf in _leaves(params):
         is_stacked = path[0] == "layers"
         for i, name in enumerate(tensor_names(path, config.num_hidden_layers)):
-            tensors.append((name, leaf, i if is_stacked else None))
-
-    # Fill one shard after the other.
-    shards: list[list[tuple[str, Any, int | None]]] = [[]]
-    size = total = 0
-    for tensor in tensors:
-        _, leaf, layer = tensor
-        tensor_bytes = leaf.nbytes if layer is None else leaf.nbytes // config.num_hidden_layers
-        # A tensor larger than a shard gets a shard of its own.
-        if shards[-1] and size + tensor_bytes > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(tensor)
-        size, total = size + tensor_bytes, total + tensor_bytes
+            tensors[name] = leaf, i if is_stacked else None
 
     # One file for each shard, and the index of several.
-    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    files = [SINGLE] if len(shards) == 1 else files
-    for file, shard in zip(files, shards, strict=True):
-        arrays = {name: np.ascontiguousarray(leaf if layer is None else leaf[layer]) for name, leaf, layer in shard}
+    split = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: tensor[0].nbytes // (1 if tensor[1] is None else config.num_hidden_layers),
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
+    for file, names in split.filename_to_tensors.items():
+        arrays = {}
+        for name in names:
+            leaf, layer = tensors[name]
+            arrays[name] = np.ascontiguousarray(leaf if layer is None else leaf[layer])
         try:
             save_file(arrays, folder / file, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(str(error)) from error
-    if len(shards) > 1:
-        file_of_tensor = {name: file for file, shard in zip(files, shards, strict=True) for name, _, _ in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(file_of_tensor.items()))}
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 

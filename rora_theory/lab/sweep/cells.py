@@ -112,7 +112,7 @@ def cells_of(
             # Methods without a rank belong to the first turn of the loop, in which the rank is None.
             if method == BASE or METHODS[method].has_rank == (rank is None):
                 continue
-            alphas = (None,) if rank is None else grid.alphas(rank, shared.alpha)
+            alphas = (None,) if rank is None else grid.gains or (shared.alpha,)
             runs = product(alphas, _read_outs(grid, shared, axes, train_records), grid.rates(method, model))
             cells += [
                 SweepCell(model, method, rank, alpha, rate, seed, read_at, axes, evaluation)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
@@ -52,9 +52,6 @@ METHODS = {
 }
 """Methods by name. A new kind of adapter needs one more entry here."""
 
-AlphaRule = Literal["fixed", "2r"]
-"""Rule for alpha: the same at every rank, or twice the rank, which makes alpha / r constant."""
-
 
 @dataclass(frozen=True)
 class SweepGrid:
@@ -71,8 +68,6 @@ class SweepGrid:
     adapter, full trains the targets' own weights"""
     ranks: tuple[int, ...] = (4, 8, 16, 32, 64, 128)
     """Ranks of the adapter"""
-    alpha_rule: AlphaRule = "fixed"
-    """Rule for alpha: fixed uses --alpha at every rank, 2r uses twice the rank and ignores --alpha"""
     gains: tuple[float, ...] = ()
     """Values of G = gamma r (scaling times rank), in place of alpha; methods with a rank must scale by alpha / r"""
     lrs: tuple[float, ...] | None = None
@@ -105,10 +100,6 @@ class SweepGrid:
             if method.has_rank and exponent(method.settings["rule"]) != 1:
                 raise InputError(f"gains requires methods that scale by alpha / r, got {method.name}")
         self.variants()
-
-    def alphas(self, rank: int, alpha: float) -> tuple[float, ...]:
-        """Return the values of alpha at a rank: the gains, twice the rank, or the shared alpha."""
-        return self.gains or ((2.0 * rank,) if self.alpha_rule == "2r" else (alpha,))
 
     def rates(self, method: str, model: str) -> tuple[float, ...]:
         """Return the learning rates of a method."""

@@ -46,7 +46,7 @@ def test_a_model_of_the_hub_is_named_by_its_id_and_commit(model, settings, tmp_p
         entries, metadata = written(tmp_path / "adapter")
         assert (entries["base_model_name_or_path"], entries["revision"]) == (name, commit)
         assert metadata == {"format": "pt", "base_model_sha256": used}
-        again = adapters.load_peft(tmp_path / "adapter", model.config, model.params)
+        again = adapters.load_peft(tmp_path / "adapter", model.config)
         assert again.config == adapter.config
 
 
@@ -58,7 +58,7 @@ def test_an_adapter_of_another_base_model_is_reported(model, tmp_path, caplog) -
     other = ModelSource("smollm2-135m", gguf)
     for origin in (model.origin, None, other):
         adapters.save_peft(tmp_path / "adapter", adapter, base_model=origin)
-        adapters.load_with_adapter(tmp_path / "adapter", model)
+        adapters.load_adapter(tmp_path / "adapter", model)
         assert bool(caplog.messages) is (origin is other)
     (message,) = caplog.messages
     for expected in (tmp_path / "adapter", other.sha256[:12], model.origin.label, model.origin.sha256[:12]):

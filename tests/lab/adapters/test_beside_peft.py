@@ -30,7 +30,7 @@ def test_peft_and_this_package_compute_the_same(entries, golden, config, params,
     source = Path(shutil.copytree(golden.FOLDER / "lora_patterns", tmp_path / "peft"))
     change_config(source, **entries)
     expected = golden.peft_logits(source)
-    adapter = load_peft(source, config, params)
+    adapter = load_peft(source, config)
     np.testing.assert_allclose(run(params, tokens, adapter), expected, rtol=0, atol=2e-5)
     save_peft(tmp_path / "again", adapter)
     rewrite_portable(source, tmp_path / "portable")
@@ -51,5 +51,5 @@ def test_both_support_a_rank_above_the_width_of_a_module(golden, config, params,
     }
     tensors = {name: (0.3 * tensor).astype(np.float32) for name, tensor in tensors.items()}
     change_tensors(source, lambda golden_tensors: (golden_tensors.clear(), golden_tensors.update(tensors)))
-    logits = run(params, tokens, load_peft(source, config, params))
+    logits = run(params, tokens, load_peft(source, config))
     np.testing.assert_allclose(logits, golden.peft_logits(source), rtol=0, atol=2e-5)

@@ -76,7 +76,9 @@ def test_fresh_prefixes_follow_peft_s_law(config, params) -> None:
 
 def test_counts_and_table(expected, adapter) -> None:
     assert adapter.count() == int(expected["count"]) == 5 * 3 * 2 * 2 * 4
-    assert [tuple(row) for row in adapter.table()] == [("self_attn", "0-2", 5, None, "prefix", None)]
+    assert [tuple(row) for row in adapter.config.table(adapter.llama_config)] == [
+        ("self_attn", "0-2", 5, None, "prefix", None)
+    ]
 
 
 def test_writes_what_peft_wrote(adapter, tmp_path) -> None:

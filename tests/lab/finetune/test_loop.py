@@ -68,7 +68,7 @@ def trainer(params, folder, pauses=(), **changes):
         for part in split_records(RECORDS, config.held_out, config.seed)
     )
     widths = choose_widths(np.concatenate([train.input_lengths, held_out.input_lengths]), config.widths)
-    adapter = config.lora().build(jax.random.key(config.seed), tiny.CONFIG, params)
+    adapter = config.adapter().build(jax.random.key(config.seed), tiny.CONFIG, params)
     batches = Batches(train, widths, batch_size=config.batch_size, epochs=config.epochs, seed=config.seed)
     held_out = Batches(held_out, widths, batch_size=config.batch_size)
     run = Trainer(params, tiny.CONFIG, adapter, config, batches, held_out, folder, pauses=pauses)

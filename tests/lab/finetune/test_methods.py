@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from support import tiny, training
 
-from rora_theory.errors import InputError
 from rora_theory.lab.adapters import BottleneckConfig, LoraConfig, PrefixConfig
 from rora_theory.lab.finetune import FinetuneConfig
 from rora_theory.lab.finetune.sharding import Layout
@@ -94,8 +93,8 @@ def test_published_settings():
     configs = {method: FinetuneConfig(method=method) for method in expected}
     assert {method: (c.adapter(), c.peak_learning_rate) for method, c in configs.items()} == expected
     assert isinstance(FinetuneConfig(method="dora").adapter(), LoraConfig)
-    assert FinetuneConfig(method="dora").lora().use_dora
-    assert FinetuneConfig(targets=("o_proj",)).lora().target_modules == ("o_proj",)
+    assert FinetuneConfig(method="dora").adapter().use_dora
+    assert FinetuneConfig(targets=("o_proj",)).adapter().target_modules == ("o_proj",)
 
 
 def test_a_run_is_identified_by_the_settings_of_its_method():
@@ -113,8 +112,3 @@ def test_a_run_is_identified_by_the_settings_of_its_method():
     pattern = {"q_proj": 2, ".*_proj": 4}
     orders = [FinetuneConfig(rank_pattern=p).settings() for p in (pattern, dict(reversed(pattern.items())))]
     assert orders[0] != orders[1]
-
-
-def test_lora_s_settings_are_not_those_of_others():
-    with pytest.raises(InputError, match=r"method .*lora or dora, got 'series'"):
-        FinetuneConfig(method="series").lora()

@@ -145,7 +145,7 @@ def test_a_run_takes_all_devices():
 def test_an_adapter_that_is_handed_out_lies_where_the_run_s_does(params):
     """The adapter also has memory of its own."""
     layout = Layout.over(jax.devices(), split_weights=True)
-    adapter = CONFIG.lora().build(jax.random.key(1), MODEL, params)
+    adapter = CONFIG.adapter().build(jax.random.key(1), MODEL, params)
     examples = tokenize(tiny.records(8), tiny.ByteEncoder(), cutoff=65, template="clean")
     data = Batches(examples, choose_widths(examples.input_lengths, 1), batch_size=8)
     run = Trainer(layout.place(params), MODEL, adapter, CONFIG, data, None, None, layout=layout)

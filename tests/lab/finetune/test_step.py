@@ -232,7 +232,7 @@ def test_the_whole_step_lowers_for_cuda(changes, monkeypatch):
     shapes = llama.abstract_params(model, jnp.bfloat16)
 
     def start(params):
-        fresh = config.lora().build(jax.random.key(0), model, params)
+        fresh = config.adapter().build(jax.random.key(0), model, params)
         return fresh, steps.init_state(fresh, steps.finetune_optimizer(config, STEPS), jax.random.key(0))
 
     fresh = start(llama.init_params(jax.random.key(0), model, jnp.bfloat16))[0]

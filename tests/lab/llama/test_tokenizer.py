@@ -8,7 +8,6 @@ import json
 import os
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 import transformers
@@ -76,7 +75,7 @@ def test_gemmas_pieces_encode_as_sentencepiece(write):
 @pytest.mark.parametrize("name", ["llama2", *BYTE_LEVEL])
 def test_a_vocabulary_encodes_as_sentencepiece_transformers_and_llama_cpp(name: str, write, tmp_path: Path):
     golden = VOCABULARIES[name]
-    tokenizers = [Tokenizer.from_gguf(gguf.GGUFReader(write(name)))]
+    tokenizers = [Tokenizer.from_gguf(write(name))]
     tokenizers.append(Tokenizer.from_folder(json_folder(tmp_path / "json", tokenizers[0])))
     if name == "llama2":
         tokenizers.append(Tokenizer.from_folder(sentencepiece_folder(tmp_path / "model")))
@@ -141,7 +140,7 @@ def test_qwens_pre_tokenization_equals_transformers(write):
         "merges": [*golden["merges"], "1 2"],
         "token_type": [*golden["kinds"], 1, 1],
     }
-    ours, llama3 = (Tokenizer.from_gguf(write("llama-bpe", pre=pre, **more)) for pre in ("qwen2", "llama3"))
+    ours, llama3 = (Tokenizer.from_gguf(write("llama-bpe", pre=pre, **more)) for pre in ("qwen2", "llama-bpe"))
     vocab = {token: i for i, token in enumerate(more["tokens"])}
     merges = [tuple(merge.split(" ")) for merge in more["merges"]]
     theirs = transformers.Qwen2Tokenizer(vocab=vocab, merges=merges, unk_token=golden["tokens"][0])
