@@ -111,9 +111,8 @@ def run_matrix(config: SweepOptions) -> None:
     # A failed cell does not stop the others: write their results before ending with its error.
     except FailedError as error:
         failed = error
-    # Analyse all runs in the folder, also those of other grids, after merging runs of one setting.
-    runs = sweep_runs.merge_repeated_runs(sweep_runs.read_runs(path))
-    tokens = sweep_runs.read_tokens(path)
+    # Analyse all runs in the folder, also those of other grids.
+    runs, tokens = sweep_runs.read_runs(path), sweep_runs.read_tokens(path)
     rows = results.results_table(runs, tokens)
     folder.write_frame(rows)
     ends = results.final_rows(rows)
@@ -154,8 +153,7 @@ def run_sweep_cells(
         return cell_trainer.run_cell(cell, cell_folder, save_adapter=save_adapter)
 
     def write(_: Sequence[Any]) -> None:
-        runs = sweep_runs.merge_repeated_runs(sweep_runs.read_runs(folder.path))
-        folder.write_frame(results.results_table(runs, tokens))
+        folder.write_frame(results.results_table(sweep_runs.read_runs(folder.path), tokens))
 
     run_with_bar(cells, work, folder, runner=runner, describe=results.describe_result, write=write)
 

@@ -44,7 +44,6 @@ from rora_theory.lab.sweep.cells import SweepCell
 from rora_theory.lab.sweep.plan import SweepPlan
 from rora_theory.lab.sweep.runs import Reading, ReadRun
 from rora_theory.runs.reading import CHECKPOINTS
-from rora_theory.validation.rules import check_steps
 
 
 @dataclass(frozen=True)
@@ -222,20 +221,12 @@ class CellTrainer:
 
         Args:
           training: Fine-tuning configuration.
-          read_at: Numbers of steps in ascending order. A schedule that decays allows one number only.
+          read_at: Numbers of steps in ascending order; a single one under a schedule that decays.
           folder: Folder for the training curve and checkpoints; None writes neither.
 
         Returns:
           The run up to its end or its last finite read-out, with the trained adapter if it did not diverge.
-
-        Raises:
-          InputError: If the steps do not ascend or do not suit the schedule.
         """
-        check_steps(read_at, "read_at")
-        if training.schedule != "constant" and len(read_at) > 1:
-            raise InputError(
-                f"read_at must be a single step with schedule {training.schedule!r}, got {' '.join(map(str, read_at))}"
-            )
         training = replace(training, steps=read_at[-1], checkpoint_every=self.plan.training.checkpoint_every)
         adapter, batches = self.begin(training)
         model = self.model

@@ -7,7 +7,6 @@ import pytest
 from support import checkpoint
 from support.sweeps import sweep_plan
 
-from rora_theory.errors import InputError
 from rora_theory.lab.finetune import FinetuneConfig, StepCompleted
 from rora_theory.lab.finetune.metrics import Metrics
 from rora_theory.lab.llama import locate
@@ -111,17 +110,3 @@ def test_a_long_run_resumes_from_its_checkpoint(cell_trainer, full_run, monkeypa
     assert_same_readings(run, full_run.readings[-1:])
     assert run.train_losses == pytest.approx(full_run.train_losses, rel=1e-6)
     assert steps == ([5, 5] if interrupted_at == "step 5" else [5])  # the step, and the pause for the reading
-
-
-@pytest.mark.parametrize(
-    ("changes", "steps", "message"),
-    [
-        ({}, (), "read_at"),
-        ({}, (0, 2), "read_at"),
-        ({}, (4, 2), "read_at"),
-        ({"schedule": "linear"}, (2, 4), "schedule 'linear', got 2 4"),
-    ],
-)
-def test_bad_steps_are_refused(cell_trainer, changes, steps, message) -> None:
-    with pytest.raises(InputError, match=message):
-        cell_trainer.train(replace(TRAINING, **changes), steps)
