@@ -15,11 +15,7 @@ DATA_DIR_VARIABLE = "RORA_COMMONSENSE_DIR"
 
 
 def read_tasks(
-    data: str | None,
-    keys: Sequence[str],
-    limit: int | None = None,
-    *,
-    advice: str = "Pass a folder with TASK/test.json.",
+    data: str | None, keys: Sequence[str], limit: int | None = None
 ) -> tuple[dict[str, list[TaskRecord]], dict[str, str]]:
     """Read the test records of several tasks.
 
@@ -27,7 +23,6 @@ def read_tasks(
       data: Folder or data set of the hub, see `locate_task`; None selects the value of `DATA_DIR_VARIABLE`.
       keys: Keys of the tasks in `TASKS`.
       limit: Maximum number of records per task; None reads all.
-      advice: Sentence in the error about missing data that says what to pass.
 
     Returns:
       The records of each task, and the SHA-256 of each task's file.
@@ -41,31 +36,32 @@ def read_tasks(
         get_task(key)
     data = data or os.environ.get(DATA_DIR_VARIABLE)
     if not data:
-        raise InputError(f"data_dir is not given and {DATA_DIR_VARIABLE} is not set. {advice}")
+        raise InputError(
+            f"data_dir is not given and {DATA_DIR_VARIABLE} is not set. Pass a folder with TASK/test.json."
+        )
     # Locate all files before reading any, so that a missing one is reported at once.
     files = {key: locate_task(data, TASKS[key]) for key in keys}
     records = {key: read_task(file, TASKS[key])[:limit] for key, file in files.items()}
     return records, {key: digests.of_file(file) for key, file in files.items()}
 
 
-def locate_task(data: str | Path, task: Task, split: str = "test") -> Path:
-    """Return the path of a task's file ``TASK/SPLIT.json``.
+def locate_task(data: str | Path, task: Task) -> Path:
+    """Return the path of a task's file ``TASK/test.json``.
 
     Args:
       data: Folder, or data set of the hub as ``hf://datasets/OWNER/NAME[@REVISION][/FOLDER]``, of which the file is
         downloaded or taken from the hub's cache.
       task: Task of the file.
-      split: Split of the task's data.
 
     Raises:
       InputError: The file does not exist, or ``data`` is not the name of a data set.
     """
     if not str(data).startswith(HUB_PREFIX):
-        path = Path(data) / task.key / f"{split}.json"
+        path = Path(data) / task.key / "test.json"
         if not os.path.exists(path):
             raise InputError(
-                f"{path}: no such file. Pass a folder in the LLM-Adapters schema (TASK/{split}.json) "
+                f"{path}: no such file. Pass a folder in the LLM-Adapters schema (TASK/test.json) "
                 f"or {HUB_PREFIX}OWNER/NAME."
             )
         return path
-    return download_file(f"{str(data).rstrip('/')}/{task.key}/{split}.json")
+    return download_file(f"{str(data).rstrip('/')}/{task.key}/test.json")

@@ -38,14 +38,7 @@ from rora_theory.errors import InputError
 from rora_theory.lab.llama import rope
 from rora_theory.lab.llama.attention import attend, causal_mask
 from rora_theory.lab.llama.config import MODULES, LlamaConfig
-from rora_theory.lab.llama.quantised import (
-    QUANTIZATIONS,
-    QuantisedWeight,
-    abstract_weight,
-    is_quantised,
-    random_weight,
-    to_dense,
-)
+from rora_theory.lab.llama.quantised import QUANTIZATIONS, abstract_weight, to_dense
 from rora_theory.scaling import check_choice
 
 REMAT_CHOICES = (False, "mlp", True)
@@ -467,27 +460,18 @@ def count_parameters(config: LlamaConfig) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config)))
 
 
-def init_params(
-    key: PRNGKeyArray, config: LlamaConfig, dtype: DTypeLike = jnp.float32, quantization: str = "none"
-) -> Params:
-    """Draw random weights for tests and benchmarks.
-
-    Weights are normal with standard deviation 0.02; quantised ones are uniform with the same deviation. Biases are 0,
-    and norms scale by 1.
+def init_params(key: PRNGKeyArray, config: LlamaConfig, dtype: DTypeLike = jnp.float32) -> Params:
+    """Draw random weights: normal with standard deviation 0.02, biases of 0, and norms that scale by 1.
 
     Args:
       key: Random key.
       config: Configuration of the model.
-      dtype: Type of the weights, see `abstract_params`.
-      quantization: Storage of the modules' weights, see `abstract_params`.
+      dtype: Type of the weights.
     """
-    # One key for each leaf; a quantised weight is one leaf, though it holds several arrays.
-    leaves, tree = jax.tree.flatten_with_path(abstract_params(config, dtype, quantization), is_leaf=is_quantised)
+    leaves, tree = jax.tree.flatten_with_path(abstract_params(config, dtype))
     keys = jax.random.split(key, len(leaves))
 
     def make(path: tuple[Any, ...], leaf: Any, key: PRNGKeyArray) -> Any:
-        if isinstance(leaf, QuantisedWeight):
-            return random_weight(key, leaf, 0.02)
         name = path[-1].key
         # Some families add an offset to the stored scale: store what makes the sum 1.
         if name.endswith("norm"):

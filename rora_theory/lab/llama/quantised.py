@@ -9,7 +9,6 @@ becomes dense where it is multiplied, and again in the backward pass, so that no
 https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h.
 """
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
@@ -107,17 +106,6 @@ def abstract_weight(name: str, shape: tuple[int, ...], dtype: np.dtype, kind: st
     else:  # two codes a byte
         codes = jax.ShapeDtypeStruct((*shape[:-1], shape[-1] // 2), np.dtype(np.uint8))
     return QuantisedWeight(codes, scales, scales if kind == "q4_1" else None, kind, dtype)
-
-
-def random_weight(key: Any, like: QuantisedWeight, deviation: float) -> QuantisedWeight:
-    """Draw a random weight in blocks: uniform codes and one scale."""
-    # Uniform codes 0 .. n - 1 have the variance (n^2 - 1) / 12.
-    count = 256 if like.kind == "q8_0" else 16
-    code_deviation = math.sqrt((count**2 - 1) / 12)
-    bits = jax.random.bits(key, like.codes.shape, jnp.uint8)
-    scales = jnp.full(like.scales.shape, deviation / code_deviation, jnp.float16)
-    mins = None if like.mins is None else -7.5 * scales  # 7.5 is the mean code, so the mean weight is 0
-    return QuantisedWeight(jax.lax.bitcast_convert_type(bits, like.codes.dtype), scales, mins, like.kind, like.dtype)
 
 
 def quantise(rows: Float[np.ndarray, "o i"], kind: str) -> UInt8[np.ndarray, "o bytes"]:

@@ -141,8 +141,7 @@ def plan_sweep(config: SweepConfig) -> SweepPlan:
     tasks: dict[str, list[TaskRecord]] = {}
     evaluation: dict[str, Any] | None = None
     if config.accuracy:
-        advice = "Pass a folder with TASK/test.json, or leave out accuracy."
-        tasks, digests = sources.read_tasks(config.data_dir, config.tasks, config.limit, advice=advice)
+        tasks, digests = sources.read_tasks(config.data_dir, config.tasks, config.limit)
         evaluation = asdict(scoring) | {"limit": config.limit, "data": digests}
     # Locate all models now, so that a missing one ends the command before any training.
     located = {name: llama.locate(name, config.revision) for name in config.grid.model}
