@@ -18,7 +18,7 @@ from rora_theory.lab.llama.model import forward_cached
 from rora_theory.lab.llama.weights import expected_shapes, load_hf, read_config, save_hf, tensor_names
 
 EXPECTED = np.load(Path(__file__).parents[2] / "golden" / "families.npz")
-run = jax.jit(forward, static_argnames=("config", "attention"))
+run = jax.jit(forward, static_argnames="config")
 step = jax.jit(forward_cached, static_argnames="config")
 
 

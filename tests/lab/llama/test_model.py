@@ -32,7 +32,7 @@ from rora_theory.lab.llama.model import NoAdapter, rms_norm
 from rora_theory.lab.llama.shapes import SHAPES
 
 GOLDEN_CONFIGS = json.loads((make_llama.HERE / "llama.json").read_text())["configs"]
-run = jax.jit(forward, static_argnames=("config", "attention"))
+run = jax.jit(forward, static_argnames="config")
 step = jax.jit(forward_cached, static_argnames="config")
 
 
