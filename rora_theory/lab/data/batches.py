@@ -5,7 +5,6 @@ once. The order of the batches depends only on the seed and the epoch, so the st
 that resumes at step k requests batch k, and no record is repeated or left out.
 """
 
-import hashlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -368,14 +367,6 @@ class Batches:
         return Batches(
             self.examples, widths, batch_size=batch_size, steps=self._steps, seed=seed, answer_only=answer_only
         )
-
-    @property
-    def digest(self) -> str:
-        """Return the SHA-256 of everything that determines the batch of a step; the number of steps does not."""
-        digest = hashlib.sha256(repr((self._widths, *self._order)).encode())
-        for array in (self.examples.tokens, self.examples.offsets, self.examples.is_target):
-            digest.update(array.tobytes())
-        return digest.hexdigest()
 
     @property
     def padding_share(self) -> float:

@@ -36,15 +36,11 @@ class Progress:
       step: Number of completed steps, and index of the next batch.
       best_step: Step of the lowest validation loss so far; None before the first validation.
       best_loss: Lowest validation loss so far; None before the first validation.
-      settings: Digest of the run's settings; empty in a run without checkpoints.
-      data: Digest of the training data; empty in a run without checkpoints.
     """
 
     step: int
     best_step: int | None = None
     best_loss: float | None = None
-    settings: str = ""
-    data: str = ""
 
 
 class Checkpoints:

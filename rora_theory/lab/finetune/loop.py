@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rora_theory.errors import InputError
 from rora_theory.lab.adapters.base import TrainableAdapter
 from rora_theory.lab.data.batches import Batch, Batches, prefetch
 from rora_theory.lab.finetune import step as steps
@@ -20,7 +19,6 @@ from rora_theory.lab.finetune.memory import StepMemory
 from rora_theory.lab.finetune.sharding import Layout
 from rora_theory.lab.finetune.training_data import TrainingData
 from rora_theory.lab.llama import LlamaConfig, Model
-from rora_theory.runs import digests
 
 
 @dataclass(frozen=True)
@@ -110,8 +108,9 @@ class Trainer:
       config: Fine-tuning configuration.
       train: Training batches of all epochs.
       validation: Validation batches of one pass, or None.
-      checkpoints: Folder of the checkpoints; the run resumes from the latest one in it. With None the run writes no
-        checkpoints: if interrupted, it starts over, and only the last adapter is available.
+      checkpoints: Folder of the checkpoints of this run alone, as they do not record its settings and data; the run
+        resumes from the latest one in it. With None the run writes no checkpoints: if interrupted, it starts over, and
+        only the last adapter is available.
       layout: Layout of the arrays on several devices, where ``params`` already are; None means a single device.
       shared: Cache of compiled steps to use, on a single device only; None compiles a step for this run.
       pauses: Steps after which `run` yields `Paused`.
@@ -121,8 +120,8 @@ class Trainer:
       step: Number of steps taken so far, those before a checkpoint included. It may be one ahead of the events.
 
     Raises:
-      InputError: If a checkpoint cannot be restored or belongs to another run, a record is longer than the model's
-        context, or the devices cannot share the batch evenly.
+      InputError: If a checkpoint cannot be restored, a record is longer than the model's context, or the devices cannot
+        share the batch evenly.
     """
 
     def __init__(
@@ -172,12 +171,8 @@ class Trainer:
         # Resume from the latest checkpoint of this run, if there is one.
         self._progress = Progress(0)
         self._checkpoints = None if checkpoints is None else Checkpoints(checkpoints)
-        if self._checkpoints is not None:
-            self._progress = Progress(0, settings=_settings_digest(config, self.steps), data=train.digest)
-            if (latest := self._checkpoints.latest) is not None:
-                self._state, restored = self._checkpoints.restore(latest, self._state)
-                self._check_same_run(restored, self._checkpoints.path(latest))
-                self._progress = restored
+        if self._checkpoints is not None and (latest := self._checkpoints.latest) is not None:
+            self._state, self._progress = self._checkpoints.restore(latest, self._state)
         self.step = self._progress.step
 
     @classmethod
@@ -304,21 +299,6 @@ class Trainer:
         if self._checkpoints is not None:
             self._checkpoints.close()
 
-    def _check_same_run(self, restored: Progress, path: Path) -> None:
-        """Raise `InputError` if a checkpoint lies beyond the run, or belongs to other settings or training data."""
-        if restored.step > self.steps:
-            raise InputError(
-                f"{path}: checkpoint is beyond the {self.steps} steps of this run. Resume in the folder of this run."
-            )
-        for subject, restored_digest, digest in (
-            ("settings", restored.settings, self._progress.settings),
-            ("training data", restored.data, self._progress.data),
-        ):
-            if restored_digest != digest:
-                raise InputError(
-                    f"{path}: checkpoint belongs to a run with other {subject}. Resume in the folder of this run."
-                )
-
     def _completed_step(self, number: int, metrics: steps.StepMetrics, positions: int) -> StepCompleted:
         """Return the event of a dispatched step without its time, after the device has computed the metrics."""
         loss, norm, rate, targets = (float(value) for value in jax.device_get(metrics))
@@ -355,22 +335,6 @@ def _copy(array: jax.Array) -> jax.Array:
     """Copy an array shard by shard, without the other processes of a run."""
     parts = [jnp.copy(shard.data) for shard in array.addressable_shards]
     return jax.make_array_from_single_device_arrays(array.shape, array.sharding, parts)
-
-
-_RUN_LENGTH = ("epochs", "steps", "evaluate_every", "checkpoint_every")
-"""Settings that change no step's numbers, except through a learning-rate schedule that ends with the run."""
-_IN_DATA = ("template", "cutoff", "loss_on", "held_out", "widths", "batch_size")
-"""Settings that determine the batches, which have a digest of their own."""
-
-
-def _settings_digest(config: FinetuneConfig, steps: int) -> str:
-    """Return the digest of the settings that must not change when a run is resumed.
-
-    The number of steps is included if the learning rate depends on it.
-    """
-    settings = replace(config, lr=config.peak_learning_rate).settings()
-    fixed = {name: value for name, value in settings.items() if name not in _RUN_LENGTH + _IN_DATA}
-    return digests.of_json([*sorted(fixed.items()), None if config.schedule == "constant" else steps])
 
 
 def resumption(step: int, steps: int, *, resumed: bool) -> str:

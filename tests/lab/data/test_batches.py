@@ -178,19 +178,6 @@ def test_a_stream_is_a_function_of_seed_and_first_step_and_ends_with_the_batches
             data[step]
 
 
-def test_the_digest_covers_everything_that_determines_a_batch():
-    pair = (Record("q", "a"), Record("qq", "a"))
-
-    def digest(records=pair, widths=(64, 72), size=2, seed=3, epochs=1, **options):
-        tokenized = examples(records, **options)
-        return Batches(tokenized, widths, batch_size=size, seed=seed, epochs=epochs, **options).digest
-
-    assert digest() == digest() == digest(epochs=2)
-    other_records = digest((pair[0], Record("qq", "b"))), digest(pair[::-1])
-    other_settings = digest(widths=(72,)), digest(size=1), digest(seed=4), digest(answer_only=True)
-    assert len({digest(), *other_records, *other_settings}) == 7
-
-
 def test_batches_are_prefetched_and_errors_are_raised_at_their_step(monkeypatch, time_limit):
     data = batches()
     started_steps, get_batch = [], Batches.__getitem__

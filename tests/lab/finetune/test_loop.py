@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from support import tiny
 
-from rora_theory.errors import InputError
 from rora_theory.lab.data.batches import prefetch
 from rora_theory.lab.finetune import (
     Batches,
@@ -24,7 +23,6 @@ from rora_theory.lab.finetune import (
     tokenize,
 )
 from rora_theory.lab.finetune import step as steps
-from rora_theory.lab.finetune.checkpoints import Progress
 
 CONFIG = FinetuneConfig(
     rank=2, alpha=4, targets=("q_proj", "down_proj"), dropout=0.1, template="clean", held_out=6, widths=2, epochs=2,
@@ -210,42 +208,6 @@ def test_a_returned_adapter_survives_later_steps(params, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, held[step, "best"], held[4, "last"])
     four, five = (held[step, "last"]["self_attn.q_proj"]["lora_B"] for step in (4, 5))
     assert not np.array_equal(four, five)
-
-
-def save(params, folder, progress=None, **changes):
-    """Save a checkpoint of step 3 that no run has reached."""
-    run, *_ = trainer(params, folder, **changes)
-    run._checkpoints.save(run._state, progress or dataclasses.replace(run._progress, step=3))
-    run.close()
-
-
-@pytest.mark.slow
-def test_a_checkpoint_of_another_run_is_refused(params, tmp_path):
-    """The other run's arrays have the same shapes.
-
-    The intervals of validations and checkpoints may change. The number of steps may change at a constant rate.
-    """
-    save(params, tmp_path)
-    changed = ({"lr": 0.01}, {"seed": 1}, {"rule": "lora"}, {"alpha": 8}, {"weight_decay": 0.1}, {"steps": 9})
-    for changes, what in [(settings, "settings") for settings in changed] + [({"template": "train"}, "training data")]:
-        with pytest.raises(InputError, match=f"/3: .* run with other {what}"):
-            trainer(params, tmp_path, **changes)
-    with pytest.raises(InputError, match=r"/3: .* beyond the 2 steps"):
-        trainer(params, tmp_path, steps=2)
-    for changes in ({"evaluate_every": 2, "checkpoint_every": 5}, {"steps": 10}, {"alpha": 4.0, "clip": 1}):
-        run, *_ = trainer(params, tmp_path, **changes)
-        assert run.step == 3
-        run.close()
-    save(params, tmp_path / "constant", schedule="constant")
-    run, *_ = trainer(params, tmp_path / "constant", schedule="constant", epochs=3, steps=12)
-    assert (run.step, run.steps) == (3, 12)
-    run.close()
-
-
-def test_a_checkpoint_without_digests_is_refused(params, tmp_path):
-    save(params, tmp_path, Progress(3, 3, 0.7))
-    with pytest.raises(InputError, match=r"/3: .* run with other settings"):
-        trainer(params, tmp_path)
 
 
 @pytest.mark.slow
