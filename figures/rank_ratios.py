@@ -1,6 +1,6 @@
 """Change of the best learning rate with the rank at each G = gamma r, beside the power law of the advice.
 
-python -m figures.rank_ratios RUNS ...
+python -m figures.rank_ratios RUN
 """
 
 from collections.abc import Sequence
@@ -16,16 +16,17 @@ from matplotlib.lines import Line2D
 from figures import style
 from rora_theory.advice.best_rate import QUANTILE
 from rora_theory.advice.constants import CONSTANTS
+from rora_theory.runs import frames
 
 SETTING = r"^rank (\d+), G (\S+)$"
 
 
 @dataclass(frozen=True)
 class RankRatiosOptions:
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Folders with outcomes.csv of benchmarks/gain_laws.py"""
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder with outcomes.csv of benchmarks/gain_laws.py"""
     out: Path | None = None
-    """Folder for rank_ratios.png and .svg; the first of the runs by default"""
+    """Folder for rank_ratios.png and .svg; that of the runs by default"""
 
 
 def draw_rank_ratios(config: RankRatiosOptions) -> Sequence[Path]:
@@ -34,9 +35,9 @@ def draw_rank_ratios(config: RankRatiosOptions) -> Sequence[Path]:
     Best rates are by the three lowest losses; bars are 95% intervals over seeds. The line is the power law of the
     advice, and the band its 90% range.
     """
-    ratios = pd.concat([read_ratios(run) for run in config.runs])
+    ratios = read_ratios(config.run)
     if ratios.empty:
-        style.fail(f"No table in {', '.join(map(str, config.runs))} compares two ranks at one G.")
+        style.fail(f"{config.run} compares no two ranks at one G.")
     schedules = [name for name in ("constant", "cosine") if name in set(ratios["schedule"])]
     gains = sorted(set(ratios["gain"]))
     reference = int(ratios["from_rank"].iloc[0])
@@ -66,12 +67,12 @@ def draw_rank_ratios(config: RankRatiosOptions) -> Sequence[Path]:
     handles = {f"G = {gain:,.4g}": Line2D([], [], linestyle="none", marker=m, color=c) for gain, m, c in looks}
     handles[f"$r^{{{exponent.value:.2f}}}$, range of 90%"] = Line2D([], [], color="black")
     style.legend(figure, handles, "bars: 95% intervals over seeds")
-    return style.save(figure, config.out or config.runs[0], "rank_ratios")
+    return style.save(figure, config.out or config.run, "rank_ratios")
 
 
 def read_ratios(run: Path) -> pd.DataFrame:
     """Return the measured ratios of best rates at two ranks and one G."""
-    outcomes = style.read_table(run, "outcomes.csv").query("estimator == 'three points'")
+    outcomes = frames.read_csv(run / "outcomes.csv").query("estimator == 'three points'")
     table = outcomes.drop_duplicates(["schedule", "from", "to"])
     for name, column in (("from_", "from"), ("", "to")):
         table = table.join(

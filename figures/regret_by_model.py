@@ -22,7 +22,7 @@ LABELS = {
     "1/G": "rate / G",
     "G^-0.5": r"rate $\cdot\ G^{-1/2}$",
     "G^-0.75": r"rate $\cdot\ G^{-3/4}$",
-    "first step with cross-talk": "first step's size",
+    "Adam's first step": "first step's size",
     "displacement law": "displacement law",
     "law with cross-talk": "displacement law\nwith cross-talk",
     "rora transfer": "rora transfer",

@@ -68,6 +68,7 @@ FIGURES = {
     ],
     "horizon_gemma": [(displacement_ratio, {}), (exponent_vs_gain, {"ranks": (8, 128)})],
     "small_models": [(gain_laws, {})],
+    "medium_model": [(gain_laws, {})],
     "rank_sweep_pruned": [
         (accuracy_vs_rank, {"lr": 3e-4, "name": "SmolLM2-135M pruned to half"}),
         (loss_vs_rate, {"rank": 32, "name": "SmolLM2-135M pruned to half"}),

@@ -179,7 +179,7 @@ def test_every_argument_of_the_measurements_has_its_default() -> None:
             measure.regime,
             {
                 "target_modules": None, "loss": None, "config": None, "layers": None, "adapters": "off",
-                "lora_A": None, "progress": False,
+                "progress": False,
             },
         ),
         (

@@ -72,7 +72,7 @@ def recorded(monkeypatch, tmp_path) -> None:
         monkeypatch.setattr(module, name, lambda cells, work, *_, **__: work(cells[-1], tmp_path))
 
     def measure(adapted: Any, rank: int, seeds: list[int], make_optimizer: Any, **batches: Any) -> None:
-        optimizer = make_optimizer(list(adapted.parameters()))
+        optimizer = make_optimizer(list(adapted.parameters()), rank)
         layers = {name: layer for name, layer in adapted.named_modules() if hasattr(layer, "lora_A") and layer.lora_A}
         record(
             **batches,

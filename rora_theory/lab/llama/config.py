@@ -241,9 +241,10 @@ class LlamaConfig:
             "rope_local_base_freq": local_theta,
         }
         try:
-            return cls(**fields)
+            _validate(fields)
         except InputError as error:
             raise InputError(f"config: {error}") from None
+        return cls(**fields)
 
     def to_hf(self) -> dict[str, Any]:
         """Return the ``config.json`` of the model for old and new versions of transformers.
