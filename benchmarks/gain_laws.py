@@ -380,7 +380,9 @@ def main() -> None:
         costs = regret_rows(curves, predictions, constant, design)
         by = ["schedule", "change", "from", "to", "policy"]
         averages = pd.concat([mean_regrets(costs, by), mean_regrets(costs, ["schedule", "change", "policy"])])
-        tables |= {"laws": pd.concat(laws), "regret": costs, "policies": averages}
+        tables |= {"regret": costs, "policies": averages}
+        if (predictions["change"] == "G").any():
+            tables["laws"] = pd.concat(laws)
     if len(design.read_at) > 1:
         tables["steps_policies"] = mean_regrets(steps_regret_rows(curves, design), ["from", "to", "policy"])
     for name, frame in tables.items():

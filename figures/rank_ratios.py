@@ -19,6 +19,8 @@ from rora_theory.advice.constants import CONSTANTS
 from rora_theory.runs import frames
 
 SETTING = r"^rank (\d+), G (\S+)$"
+LIMITS = (0.35, 2.8)
+TICKS = (0.5, 0.7, 1, 1.4, 2)
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class RankRatiosOptions:
 def draw_rank_ratios(config: RankRatiosOptions) -> Sequence[Path]:
     """Draw the best rate at each rank over that at the reference rank of the same G, one panel for each schedule.
 
-    Best rates are by the three lowest losses; bars are 95% intervals over seeds. The line is the power law of the
+    Best rates are by the three lowest losses; bars are 95% intervals over three or more seeds, and open markers have
+    fewer, as the others' best rates lie at an end of their grids. The line is the power law of the
     advice, and the band its 90% range.
     """
     ratios = read_ratios(config.run)
@@ -51,22 +54,25 @@ def draw_rank_ratios(config: RankRatiosOptions) -> Sequence[Path]:
         axis.plot(span * reference, span**exponent.value, color="black")
         for place, gain in enumerate(gains):
             rows = ratios[(ratios["schedule"] == schedule) & (ratios["gain"] == gain)]
-            # Beside each other, so that the bars can be told apart.
-            at = rows["rank"] * 1.06 ** (place - (len(gains) - 1) / 2)
+            # Beside each other, so that the bars can be told apart; two seeds or fewer give no bar.
+            shift, colour, marker = 1.06 ** (place - (len(gains) - 1) / 2), style.COLOURS[place], style.MARKERS[place]
+            few = rows[rows["seeds"] < 3]
+            axis.plot(few["rank"] * shift, few["ratio"], marker, color=colour, fillstyle="none", markersize=4)
+            rows = rows[rows["seeds"] >= 3]
             bars = np.abs(rows[["ratio_low", "ratio_high"]].to_numpy().T - rows["ratio"].to_numpy())
-            colour = style.COLOURS[place]
-            axis.errorbar(at, rows["ratio"], yerr=bars, fmt=style.MARKERS[place], color=colour, markersize=4)
+            axis.errorbar(rows["rank"] * shift, rows["ratio"], yerr=bars, fmt=marker, color=colour, markersize=4)
         axis.plot([reference], [1.0], "o", color="black", fillstyle="none", markersize=6)
         axis.set(xscale="log", yscale="log", ylabel=f"best rate over that at rank {reference}")
         axis.set_title("constant rate" if schedule == "constant" else f"{schedule} decay", loc="left")
         style.integer_ticks(axis, ranks)
-        axis.set_yticks([0.6, 0.8, 1, 1.25, 1.6], ["0.6", "0.8", "1", "1.25", "1.6"], minor=False)
+        axis.set_ylim(*LIMITS)
+        axis.set_yticks(TICKS, [f"{tick:g}" for tick in TICKS])
         axis.minorticks_off()
     axes[-1].set_xlabel("rank $r$")
     looks = zip(gains, style.MARKERS, style.COLOURS, strict=False)
     handles = {f"G = {gain:,.4g}": Line2D([], [], linestyle="none", marker=m, color=c) for gain, m, c in looks}
     handles[f"$r^{{{exponent.value:.2f}}}$, range of 90%"] = Line2D([], [], color="black")
-    style.legend(figure, handles, "bars: 95% intervals over seeds")
+    style.legend(figure, handles, "bars: 95% intervals over seeds; open: fewer than three seeds")
     return style.save(figure, config.out or config.run, "rank_ratios")
 
 

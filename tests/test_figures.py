@@ -34,6 +34,7 @@ from figures import (
     lr_transfer,
     minima,
     norm_vs_rank,
+    rank_ratios,
     regime,
     regret_by_model,
     style,
@@ -69,6 +70,7 @@ FIGURES = {
     "horizon_gemma": [(displacement_ratio, {}), (exponent_vs_gain, {"ranks": (8, 128)})],
     "small_models": [(gain_laws, {})],
     "medium_model": [(gain_laws, {})],
+    "small_more": [(rank_ratios, {})],
     "rank_sweep_pruned": [
         (accuracy_vs_rank, {"lr": 3e-4, "name": "SmolLM2-135M pruned to half"}),
         (loss_vs_rate, {"rank": 32, "name": "SmolLM2-135M pruned to half"}),
