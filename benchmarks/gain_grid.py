@@ -51,7 +51,6 @@ REFERENCE_RANK, REFERENCE_GAIN = 8, 32.0
 PILOT_SEED = 99
 PILOT_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 RATE_RATIO = math.sqrt(10)
-EXPONENTS = ("rank_exponent", "batch_exponent")
 FINER = (-0.5, 0.5)
 """Rates of ``--grid finer`` around the middle one, as powers of `RATE_RATIO`."""
 SCHEDULES: tuple[Schedule, ...] = ("constant", "cosine")
@@ -230,7 +229,10 @@ def predict_more(args: argparse.Namespace) -> None:
     constants = [float(pilot["displacement constant" + name]) for name in names]
     in_gain = {f"displacement law, K {constants[0]:.0f} of the pilot": constants}
     in_gain["displacement law, K of the advice"] = [CONSTANTS["displacement_constant"].value]
-    rank, batch = ((c.value, c.value - c.spread, c.value + c.spread) for c in map(CONSTANTS.__getitem__, EXPONENTS))
+    rank, batch = (
+        (exponent.value, exponent.value - exponent.spread, exponent.value + exponent.spread)
+        for exponent in (CONSTANTS["rank_exponent"], CONSTANTS["batch_exponent"])
+    )
 
     rows = []
     for setting in design.reduced + design.more:
