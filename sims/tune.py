@@ -3,7 +3,7 @@
     python -m sims.tune --model smollm2-135m --rank 128 --alpha 32 --steps 2000 --batch-size 8
 
 The best rates of public models by size are transferred to the planned scaling, rank, batch, steps and schedule. The
-command reads the model's configuration only.
+command reads the model's configuration only, and with ``--parameters`` no model.
 """
 
 from dataclasses import dataclass
@@ -30,6 +30,8 @@ class TuneOptions:
 
     model: cli.ModelName = "smollm2-135m"
     revision: cli.Revision = None
+    parameters: Positive | None = None
+    """Number of parameters in billions, for any model; none is then read"""
     rank: Count = 128
     """Rank of the planned run"""
     alpha: Positive = 16.0
@@ -69,12 +71,7 @@ class TuneOptions:
 
 def tune_rate(config: TuneOptions) -> None:
     """Print the learning rate, PEFT's entries and the assumptions."""
-    from rora_theory.lab import llama
-    from rora_theory.lab.adapters import targets
-
-    model_config = llama.model_config(llama.locate(config.model, config.revision, config_only=True))
-    targets.matched(model_config, config.targets, None)  # refuses names that the model does not have
-    parameters = llama.count_parameters(model_config) / 1e9
+    parameters = read_parameters(config) if config.parameters is None else config.parameters
     run = Run(config.rank, config.gain, config.steps, config.schedule, config.batch_size)
     entries = config.peft_entries()
     expected = expected_rate(run, config=entries, family=config.family, parameters=parameters)
@@ -83,6 +80,20 @@ def tune_rate(config: TuneOptions) -> None:
     tables.print_text(f"PEFT: LoraConfig({settings})")
     for sentence in expected.assumptions:
         tables.print_text(f"- {sentence}")
+
+
+def read_parameters(config: TuneOptions) -> float:
+    """Return the number of parameters of the model in billions, from its configuration.
+
+    Raises:
+      InputError: If there is no such model, or if it lacks one of the targets.
+    """
+    from rora_theory.lab import llama
+    from rora_theory.lab.adapters import targets
+
+    model_config = llama.model_config(llama.locate(config.model, config.revision, config_only=True))
+    targets.matched(model_config, config.targets, None)
+    return llama.count_parameters(model_config) / 1e9
 
 
 def result_entries(expected: ExpectedRate) -> dict[str, Any]:

@@ -71,6 +71,13 @@ def test_the_configuration_alone_is_read(model, tmp_path, monkeypatch) -> None:
     assert asked == [("org/tiny", "config.json", "v1")]
 
 
+def test_a_number_of_parameters_stands_for_a_model(model) -> None:
+    assert answer("--parameters", repr(BILLIONS), SETTINGS)["tuning"] == answer("--model", model, SETTINGS)["tuning"]
+    assert answer("--parameters 8 --model nowhere --targets z_proj", SETTINGS)["tuning"]["learning_rate"] == (
+        pytest.approx(rate_prior(Run(16, 8.0, 256, "cosine", 4), parameters=8.0).rates.best)
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
@@ -78,6 +85,7 @@ def test_the_configuration_alone_is_read(model, tmp_path, monkeypatch) -> None:
         ("--family none", "--family .*'none'"),
         ("--model nowhere", "nowhere: no such path"),
         ("--rank 0", "--rank .* 0"),
+        ("--parameters 0", "--parameters .* 0"),
     ],
 )
 def test_bad_input_is_one_line(words, named, model) -> None:
