@@ -155,7 +155,7 @@ def draw_adapters(key: PRNGKeyArray, config: ProblemConfig, model: Model, *, ran
     adapters = []
     for index, (out, fan_in) in enumerate(config.shapes(model)):
         # A key for each layer.
-        lora_A = nested.draw_a(jax.random.fold_in(key, index), "kaiming_uniform", rank=rank, p_in=fan_in)
+        lora_A = nested.draw_nested_A(jax.random.fold_in(key, index), "kaiming_uniform", rank=rank, p_in=fan_in)
         adapters.append({"lora_A": lora_A, "lora_B": jnp.zeros((out, rank), jnp.float32)})
     return tuple(adapters)
 

@@ -12,7 +12,7 @@ from rora_theory.inits import Init
 from rora_theory.laws.random.draws import draw_A
 
 
-def draw_a(key: PRNGKeyArray, init: Init, *, rank: int, p_in: int) -> Float[Array, "rank p_in"]:
+def draw_nested_A(key: PRNGKeyArray, init: Init, *, rank: int, p_in: int) -> Float[Array, "rank p_in"]:
     """Sample A in float32; row k depends on ``key`` and k, and on the rank only through the standard deviation.
 
     Args:
@@ -26,7 +26,7 @@ def draw_a(key: PRNGKeyArray, init: Init, *, rank: int, p_in: int) -> Float[Arra
 
     Examples:
       >>> import numpy as np
-      >>> small, large = (draw_a(jax.random.key(0), "kaiming_uniform", rank=r, p_in=4) for r in (2, 8))
+      >>> small, large = (draw_nested_A(jax.random.key(0), "kaiming_uniform", rank=r, p_in=4) for r in (2, 8))
       >>> bool(np.array_equal(small, large[:2]))
       True
     """
