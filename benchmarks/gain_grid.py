@@ -26,12 +26,17 @@ model.
 code and questions. Its rates are a factor of 2 apart around the best ones of ``small`` after 1,024 steps, before the
 finer rates (``predict small_long --pilot results/published/small_models``), lowered so that an unchanged best rate and
 one that falls as T^-0.54 lie inside.
+
+``long_gains`` adds other G, and with ``--grid full`` another rank, to the runs of 4,096 steps. Its reference is
+``small_long``, whose best rates were known (``predict long_gains --pilot results/published/small_long``), and its K is
+that of the pilot of ``small``.
 """
 
 import argparse
 import itertools
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -130,6 +135,8 @@ RSLORA = tuple(Setting(rank, RSLORA_GAINS[rank], schedule, 1024) for schedule in
 BATCHES = tuple(Setting(8, 32.0, "constant", 1024, batch_size=size) for size in (16, 64))
 LONG = (Setting(8, 32.0, "constant", 4096),)
 LONGER = (Setting(8, 32.0, "constant", 16384), Setting(8, 32.0, "cosine", 4096))
+LONG_GAINS = tuple(Setting(8, gain, "constant", 4096) for gain in (4.0, 256.0))
+LONG_RANKS = (Setting(64, 32.0, "constant", 4096),)
 AT_RANK_8 = tuple(setting for setting in SMALL_REDUCED if setting.rank == REFERENCE_RANK)
 GAINS = tuple(Setting(8, gain, "constant", 64) for gain in (32.0, 4.0, 256.0, 2048.0))
 DECAY = tuple(Setting(8, gain, "cosine", 256) for gain in (32.0, 256.0))
@@ -143,6 +150,16 @@ DESIGNS = {
     ),
     "small_long": Design(
         "gain_grid_long.yaml", LONG, LONGER, LONG, (64, 256, 1024, 4096, 16384), 6, (0, 1, 2), rate_ratio=2.0
+    ),
+    "long_gains": Design(
+        "gain_grid_long.yaml",
+        LONG_GAINS,
+        LONG_RANKS,
+        LONG_GAINS + LONG_RANKS,
+        (4096,),
+        5,
+        (0, 1, 2),
+        rate_ratio=10 ** (1 / 4),
     ),
     "smollm2": Design("gain_grid_real.yaml", GAINS, DECAY, GAINS + DECAY, (64,), 4, (0, 1, 2)),
     "gemma": Design("gain_grid_real.yaml", GAINS, DECAY, GAINS + DECAY, (64,), 4, (0, 1, 2)),
@@ -191,11 +208,22 @@ def run_seeds(args: argparse.Namespace) -> None:
         run_sweep(args, args.out / f"seed_{seed}", seed, [*words, "--read-at", *map(str, steps)])
 
 
+def read_constants(folder: Path) -> tuple[float, float, float]:
+    """Return K with its smallest and largest value from the ``pilot.csv`` of a design."""
+    pilot = pd.read_csv(folder / "pilot.csv").set_index("quantity")["value"]
+    middle, low, high = (float(pilot["displacement constant" + name]) for name in ("", ", smallest", ", largest"))
+    return middle, low, high
+
+
 def read_pilot(folder: Path, steps: int) -> tuple[float, tuple[float, float, float]]:
     """Return the best rate at the reference setting, and K with its smallest and largest value, from a run folder.
 
-    A folder without runs at the reference gives the best rate at the nearest G, carried as G^-0.75.
+    A folder without runs at the reference gives the best rate at the nearest G, carried as G^-0.75. One of several
+    seeds gives the mean best rate, and its K is that of the small model's pilot.
     """
+    if not (folder / "constants.csv").exists():
+        rate = mean_best_rates(folder)[REFERENCE_RANK, REFERENCE_GAIN, "constant", steps]
+        return float(rate), read_constants(PUBLISHED / "small_models")
     best, constants = (pd.read_csv(folder / name) for name in ("best.csv", "constants.csv"))
     best = best[(best["step"] == steps) & (best["rank"] == REFERENCE_RANK)]
     nearest = best.loc[np.log(best["gain"] / REFERENCE_GAIN).abs().idxmin()]
@@ -224,10 +252,8 @@ def predict_more(args: argparse.Namespace) -> None:
     """Write the rates of ``small_more`` and its predictions, from ``small``."""
     design = DESIGNS[args.design]
     best = mean_best_rates(args.pilot)[REFERENCE_RANK].xs(1024, level="steps")
-    pilot = pd.read_csv(args.pilot / "pilot.csv").set_index("quantity")["value"]
-    names = ("", ", smallest", ", largest")
-    constants = [float(pilot["displacement constant" + name]) for name in names]
-    in_gain = {f"displacement law, K {constants[0]:.0f} of the pilot": constants}
+    constants = read_constants(args.pilot)
+    in_gain: dict[str, Sequence[float]] = {f"displacement law, K {constants[0]:.0f} of the pilot": constants}
     in_gain["displacement law, K of the advice"] = [CONSTANTS["displacement_constant"].value]
     rank, batch = (
         (exponent.value, exponent.value - exponent.spread, exponent.value + exponent.spread)
@@ -326,7 +352,7 @@ def predict(args: argparse.Namespace) -> None:
                 for constant in (middle, low, high)
             ]
             add(setting.schedule, "G", *place, "displacement law, c = 1", displaced)
-            if args.design == "medium":
+            if args.design in ("medium", "long_gains"):
                 K = CONSTANTS["displacement_constant"].value
                 by_advice = best_rate_factor(REFERENCE_GAIN, setting.gain, displacement_constant=K)
                 add(setting.schedule, "G", *place, "displacement law, K of the advice", [by_advice])
@@ -341,7 +367,7 @@ def predict(args: argparse.Namespace) -> None:
         best = mean_best_rates(PUBLISHED / "small_models")[REFERENCE_RANK, REFERENCE_GAIN, "constant"]
         smaller = {"exponent of the smaller model": exponent_in_steps(best)}
     rows += step_predictions(design.read_at, smaller)
-    if design.steps("constant") == design.steps("cosine"):
+    if set(design.schedules) == set(SCHEDULES) and design.steps("constant") == design.steps("cosine"):
         factor = SCHEDULE_FACTORS["cosine"]
         values = [factor.value * math.exp(sign * factor.spread) for sign in (0, -1, 1)]
         add("cosine", "schedule", "constant", "cosine", "factor of the schedule", values)

@@ -176,6 +176,17 @@ def test_every_compared_setting_is_run_here_or_in_the_design_of_five_seeds():
         assert {old, new} <= run
 
 
+def test_the_long_runs_over_g_have_the_reference_of_the_long_runs_and_the_constant_of_the_pilot():
+    grid = importlib.import_module("gain_grid")
+    folder = grid.PUBLISHED / "small_long"
+    rate, constants = grid.read_pilot(folder, 4096)
+    best = pd.read_csv(folder / "best.csv").query("estimator == 'three points' and steps == 4096")["best_rate"]
+    assert rate == pytest.approx(math.exp(np.log(best).mean()), rel=1e-12)
+    pilot = pd.read_csv(grid.PUBLISHED / "small_models" / "pilot.csv").set_index("quantity")["value"]
+    assert constants[0] == pilot["displacement constant"]
+    assert constants[1] < constants[0] < constants[2]
+
+
 def test_an_exponent_in_the_steps_is_the_slope_from_the_fewest_to_the_most():
     folders = importlib.import_module("sweep_folders")
     rates = pd.Series([0.25, 1.0, 0.9], index=[1024, 64, 256])
