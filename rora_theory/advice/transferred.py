@@ -262,5 +262,5 @@ def _describe_outside(label: str, values: Sequence[float | None], limits: tuple[
     if not outside_values:
         return ""
     # Values that print alike are listed once.
-    numbers = " and ".join(dict.fromkeys(f"{value:.4g}" for value in outside_values))
+    numbers = " and ".join(dict.fromkeys(f"{value:.6g}" for value in outside_values))
     return f"{label} {numbers} (measured: {low:.4g} to {high:.4g})"

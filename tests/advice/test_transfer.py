@@ -411,9 +411,9 @@ def test_values_outside_the_measured_range_are_named() -> None:
     inside = transfer(Setting(16, 32.0, 2e-4), 128, alpha=256.0, steps=64, to_steps=256)
     assert inside.outside == ()
     assert "Outside" not in inside.sentence()
-    outside = transfer(Setting(256, 0.5, 2e-4), 512, alpha=4096.0, steps=8, to_steps=5000)
+    outside = transfer(Setting(256, 0.5, 2e-4), 512, alpha=4096.0, steps=8, to_steps=50_000)
     assert [phrase.partition(" (")[0] for phrase in outside.outside] == [
-        "rank 512", "scaling times rank 0.5 and 4096", "steps 8 and 5000",
+        "rank 512", "scaling times rank 0.5 and 4096", "steps 8 and 50000",
     ]  # fmt: skip
     assert f"Outside the measured range: {'; '.join(outside.outside)}." in outside.sentence()
     # use_rslora with alpha 64 at rank 128 is the published 724, up to rounding.
