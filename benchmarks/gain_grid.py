@@ -288,11 +288,18 @@ def predict_more(args: argparse.Namespace) -> None:
         else:
             laws |= {f"B^{batch[0]:.2f}": [batches**power for power in batch], "B^0.5": [math.sqrt(batches)]}
         for law, values in laws.items():
-            row = {"schedule": second.schedule, "change": change, "from": first.name, "to": second.name, "law": law}
-            rows.append(row | {"prediction": values[0], "low": min(values), "high": max(values)})
+            rows.append(prediction(second.schedule, change, first.name, second.name, law, values))
     (args.out / "predictions.csv").write_text(frames.to_csv(pd.DataFrame(rows)))
     shutil.copy(args.pilot / "pilot.csv", args.out / "pilot.csv")
     print(f"{len(rows)} predictions")
+
+
+def prediction(
+    schedule: str, change: str, first: str, second: str, law: str, values: Sequence[float]
+) -> dict[str, Any]:
+    """Return the row of a predicted ratio: its middle value, which comes first, and its bounds."""
+    row = {"schedule": schedule, "change": change, "from": first, "to": second, "law": law, "prediction": values[0]}
+    return row | {"low": min(values), "high": max(values)}
 
 
 def products(first: list[float], second: list[float]) -> list[float]:
@@ -321,9 +328,8 @@ def step_predictions(read_at: tuple[int, ...], more: dict[str, float]) -> list[d
     rows = []
     for (first, second), (law, exponent) in itertools.product(itertools.pairwise(read_at), laws.items()):
         spread = steps.spread if exponent == steps.value else 0.0
-        low, middle, high = ((second / first) ** (exponent + sign * spread) for sign in (-1, 0, 1))
-        row = {"schedule": "constant", "change": "steps", "from": f"{first} steps", "to": f"{second} steps", "law": law}
-        rows.append(row | {"prediction": middle, "low": low, "high": high})
+        values = [(second / first) ** (exponent + sign * spread) for sign in (0, -1, 1)]
+        rows.append(prediction("constant", "steps", f"{first} steps", f"{second} steps", law, values))
     return rows
 
 
@@ -339,11 +345,6 @@ def predict(args: argparse.Namespace) -> None:
     print(f"best rate {reference_rate:.3g}, K = {middle:.3g} ({low:.3g} to {high:.3g})")
     rows = []
 
-    def add(schedule: str, change: str, first: str, second: str, law: str, values: list[float]) -> None:
-        middle = values[0]
-        row = {"schedule": schedule, "change": change, "from": first, "to": second, "law": law, "prediction": middle}
-        rows.append(row | {"low": min(values), "high": max(values)})
-
     for setting in design.compared:
         place = Setting(REFERENCE_RANK, REFERENCE_GAIN, setting.schedule, setting.steps).name, setting.name
         if setting.gain != REFERENCE_GAIN:
@@ -351,17 +352,23 @@ def predict(args: argparse.Namespace) -> None:
                 best_rate_factor(REFERENCE_GAIN, setting.gain, displacement_constant=constant)
                 for constant in (middle, low, high)
             ]
-            add(setting.schedule, "G", *place, "displacement law, c = 1", displaced)
+            rows.append(prediction(setting.schedule, "G", *place, "displacement law, c = 1", displaced))
             if args.design in ("medium", "long_gains"):
                 K = CONSTANTS["displacement_constant"].value
                 by_advice = best_rate_factor(REFERENCE_GAIN, setting.gain, displacement_constant=K)
-                add(setting.schedule, "G", *place, "displacement law, K of the advice", [by_advice])
+                rows.append(prediction(setting.schedule, "G", *place, "displacement law, K of the advice", [by_advice]))
             for law, exponent in (("G^-0.75", 0.75), ("square root", 0.5), ("first step", 1.0)):
-                add(setting.schedule, "G", *place, law, [(REFERENCE_GAIN / setting.gain) ** exponent])
+                rows.append(
+                    prediction(setting.schedule, "G", *place, law, [(REFERENCE_GAIN / setting.gain) ** exponent])
+                )
         if setting.rank != REFERENCE_RANK:
             ratio = setting.rank / REFERENCE_RANK
-            add(setting.schedule, "rank", *place, "r^0.15", [ratio**exponent for exponent in (0.15, 0.1, 0.2)])
-            add(setting.schedule, "rank", *place, "keep the rate", [1.0])
+            rows.append(
+                prediction(
+                    setting.schedule, "rank", *place, "r^0.15", [ratio**exponent for exponent in (0.15, 0.1, 0.2)]
+                )
+            )
+            rows.append(prediction(setting.schedule, "rank", *place, "keep the rate", [1.0]))
     smaller = {}
     if args.design == "medium":
         best = mean_best_rates(PUBLISHED / "small_models")[REFERENCE_RANK, REFERENCE_GAIN, "constant"]
@@ -370,8 +377,8 @@ def predict(args: argparse.Namespace) -> None:
     if set(design.schedules) == set(SCHEDULES) and design.steps("constant") == design.steps("cosine"):
         factor = SCHEDULE_FACTORS["cosine"]
         values = [factor.value * math.exp(sign * factor.spread) for sign in (0, -1, 1)]
-        add("cosine", "schedule", "constant", "cosine", "factor of the schedule", values)
-        add("cosine", "schedule", "constant", "cosine", "keep the rate", [1.0])
+        rows.append(prediction("cosine", "schedule", "constant", "cosine", "factor of the schedule", values))
+        rows.append(prediction("cosine", "schedule", "constant", "cosine", "keep the rate", [1.0]))
     (args.out / "predictions.csv").write_text(frames.to_csv(pd.DataFrame(rows)))
     measured = [("best rate", reference_rate), ("displacement constant", middle)]
     measured += [("displacement constant, smallest", low), ("displacement constant, largest", high)]
