@@ -66,19 +66,20 @@ def all_tables(folder: Path | None = None) -> dict[str, "pd.DataFrame"]:
     Returns:
       The tables. Rows of a source whose losses are at hand are computed, all others are read.
     """
-    reference = load_sweeps(REFERENCE)
-    computed: dict[str, list[pd.DataFrame]] = {name: [] for name in TABLES}
     sources = [source for source in SWEEPS if SOURCES[source].file is not None or folder is not None]
-    for source in sources:
-        sweeps = reference if source == REFERENCE else load_sweeps(source, folder)
+    # Read all files before the work, so that a missing one is named at once.
+    by_source = {source: load_sweeps(source, folder) for source in sources}
+    losses = None if folder is None else histories.load_histories(folder)
+    computed: dict[str, list[pd.DataFrame]] = {name: [] for name in TABLES}
+    reference = by_source[REFERENCE]
+    for source, sweeps in by_source.items():
         for name, table in sweep_tables(sweeps, reference).items():
             computed[name].append(table)
         computed["absolute_rates"].append(absolute_rates.absolute_regrets(sweeps))
         if folder is not None and SOURCES[source].file is None:
             full = {source: full_rates(source, folder)}
             computed["full_ratios"].append(absolute_rates.full_ratios(full, sweeps))
-    if folder is not None:
-        losses = histories.load_histories(folder)
+    if losses is not None:
         computed["loss_differences"].append(histories.loss_difference_table(losses))
         computed["speeds"].append(histories.speed_table(losses))
         sources.append(histories.HISTORIES)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from support import commands
 
+from rora_theory.evidence import source_tables
 from sims import evidence
 
 OWN = """model,rank,alpha,rule,learning_rate,loss,steps,seed,comment
@@ -93,7 +94,10 @@ def test_bad_columns_and_values_are_named_in_one_line(
     assert not (tmp_path / "run").exists()
 
 
-def test_too_few_rates_and_needless_options_are_refused(tmp_path: Path) -> None:
+def test_too_few_rates_and_needless_options_are_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source_tables, "sweep_tables", lambda *_: pytest.fail("a table is computed"))
     path = tmp_path / "runs.csv"
     path.write_text("\n".join(OWN.splitlines()[:3]) + "\n")
     assert "three learning rates" in commands.refusal(commands.run_command(evidence.main, "--add", path))
