@@ -86,10 +86,11 @@ def report(config: TransferOptions, advised: Advised) -> None:
         per = "one" if config.regime in REGIMES else config.per
         write_trainer_config(config.from_, config.write, advice, per=per)
     target_modules = peft["target_modules"]
-    if advice.follows_displacement_law:
+    if advice.follows_displacement_law and {"rank", "gain"} & set(advice.changed):
         tables.print_text(f"{text.describe_evidence()}\n")
     answers.print_answer(advice.answer(), [limits] if limits else [], **advice.as_dict(), target_modules=target_modules)
-    tables.print_text(f"\n{advice.details()}\n")
+    details = advice.details()
+    tables.print_text(f"\n{details}\n" if details else "")
     if advice.regime != "signal":
         print_modules(config, advice)
     print_alternatives(advice)

@@ -67,8 +67,8 @@ def as_words(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def listed(values: Sequence[int]) -> str:
-    """Return one or more integers as a list in a sentence.
+def listed(values: Sequence[object]) -> str:
+    """Return one or more values as a list in a sentence.
 
     Examples:
       >>> listed([1]), listed((1, 2)), listed((1, 2, 4))

@@ -378,7 +378,7 @@ def test_a_schedule_that_was_not_measured_is_named() -> None:
 
 
 def test_the_cost_is_the_published_regret() -> None:
-    """It is that of a change of the rank alone, or of a change of the gain; one of the steps alone has none."""
+    """It is that of a change of the rank alone, of the gain, of the steps and of the batch; no change has none."""
     old = Setting(16, 32.0, 2e-4)
     rank, gain = transfer(old, 128).sentence(), transfer(old, 128, alpha=256.0).sentence()
     assert f"{EVIDENCE['fixed_gain_all_ranks']['keep']:.4f} at most; this advice" in rank
@@ -388,6 +388,16 @@ def test_the_cost_is_the_published_regret() -> None:
     assert f"cost {EVIDENCE['use_rslora']['regret']:.2f}." in gain
     assert "use_rslora" not in transfer(old, 128, alpha=8.0).sentence(), "the gain falls"
     assert "cost" not in transfer(old, 16).sentence()
+    longer = transfer(old, 16, steps=64, to_steps=256).sentence()
+    larger = transfer(old, 16, batch_size=4, to_batch_size=64).sentence()
+    of_steps = [f"{EVIDENCE[name]['mean']:.4f}" for name in ("steps_keep", "steps_advice")]
+    of_steps += [f"{EVIDENCE[name]['regret']:.3f}" for name in ("long_keep", "long_advice")]
+    of_batch = [f"{EVIDENCE['batch_keep']['regret']:.3f} nats", f"{EVIDENCE['batch_advice']['regret']:.4f}"]
+    assert all(number in longer for number in of_steps)
+    assert all(number in larger for number in of_batch)
+    assert of_steps[0] not in larger
+    assert of_batch[0] not in longer
+    assert longer.startswith("At rank 16, from 64 to 256 steps with AdamW")
     evidence, fixed, moved = text.describe_evidence(), EVIDENCE["fixed_gain"], EVIDENCE["alpha_r"]
     assert f"{fixed['runs']:,} public runs of {fixed['models']} models" in evidence
     assert f"cost at most {fixed['keep']:.4f} nats" in evidence
