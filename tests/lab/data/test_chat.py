@@ -367,3 +367,8 @@ def test_plain_texts_have_no_answer(tokenizer):
     assert examples.is_target.tolist() == [False, True, True, True]
     with pytest.raises(InputError, match=r"loss_on .*'all' .* got 'answer'"):
         tokenize([Text("ab")], tokenizer, answer_only=True)
+
+
+def test_a_whole_text_is_in_the_loss_from_its_first_character():
+    for record, length in ((Text("abc"), 3), (Record("2 + 2 = ", "4"), 9)):
+        assert texts.render_record(record, "plain", answer_only=False).spans == ((0, length),)

@@ -58,3 +58,8 @@ def test_windows_take_all_of_a_text_that_is_just_long_enough(encoder) -> None:
     assert windows == [[1, *b"abcdef", 2, 1, *b"ghijkl", 2], [1, *b"mnopqr", 2, 1, *b"stuvwx", 2]]
     orders = {tuple(sample_windows(texts, tiny.ByteEncoder(), **sizes, seed=seed)[0][0].tolist()) for seed in range(8)}
     assert len(orders) == 2, "either window is held out at some seed"
+
+
+def test_a_text_whose_windows_are_all_held_out_is_too_short() -> None:
+    with pytest.raises(InputError, match=r"at least 3 windows of 4 .* got 2"):
+        sample_windows(["abcdefg"], tiny.ByteEncoder(), seq=4, windows=None, held_out=2)
