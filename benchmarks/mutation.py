@@ -115,7 +115,10 @@ TUNING = {
 DATA = {
     "batches": ("rora_theory/lab/data/batches.py", "tests/lab/data/test_batches.py tests/lab/data/test_chat.py"),
     "chat": ("rora_theory/chat_templates.py", "tests/lab/data/test_chat.py"),
-    "formats": ("rora_theory/lab/data/formats.py", "tests/lab/data/test_formats.py tests/lab/data/test_records.py"),
+    "formats": (
+        "rora_theory/lab/data/formats.py",
+        "tests/lab/data/test_formats.py tests/lab/data/test_records.py tests/lab/data/test_chat.py",
+    ),
     "texts": ("rora_theory/lab/data/texts.py", "tests/lab/data/test_chat.py tests/lab/data/test_batches.py"),
     "windows": ("rora_theory/lab/data/windows.py", "tests/lab/data/test_windows.py"),
 }

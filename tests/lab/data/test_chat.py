@@ -76,6 +76,12 @@ LOCATED = {name: (source, CHAT, chat_templates.TEXTS[name]) for name, source in 
         turns(*["end"] * 4, system="Be brief."),
         "<s>[INST] end<|end|> ⟦end<|end|>⟧[INST] Be brief.\n\nend<|end|>⟦ end<|end|>⟧",
     ),
+    "a question after the last answer": (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}",
+        turns("Well?", "Yes.", "Sure?"),
+        "<user>Well?<end><assistant>⟦Yes.<end>⟧<user>Sure?<end>",
+    ),
     "thoughts, and a text before each turn that changes with the chat": (
         COUNTED,
         THOUGHT,
