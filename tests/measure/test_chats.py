@@ -77,3 +77,13 @@ def test_bad_input() -> None:
         ChatCollator(tokenizer)
     with pytest.raises(InputError, match=r"^tokenizer .*object"):
         ChatCollator(object())
+
+
+def test_an_answer_of_the_first_token_alone_is_refused() -> None:
+    """Labels are shifted by one, so that the first token of a row is never predicted."""
+    tokenizer = torch_chats.tokenizer(None)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    answer, question = {"role": "assistant", "content": "d"}, {"role": "user", "content": "o"}
+    with pytest.raises(InputError, match=r"none of 1 chats .* max_length 1024"):
+        ChatCollator(tokenizer)([{"messages": [answer, question]}])
+    assert learned(tokenizer, ChatCollator(tokenizer)([{"messages": [question, answer]}])) == [["d"]]
