@@ -58,7 +58,8 @@ INVALID: dict[type, dict[str, tuple]] = {
     SweepGrid: {"methods": (("qlora",), (), ("lora", "lora")), "seeds": ((3, 3), (-1,)), "model": ((), ("a", "a"))}
     | {"ranks": ((), (4, 4), (0,)), "lrs": ((), (1e-3, -1.0)), "read_at": ((2, 1), (0, 1))}
     | same_values("gains full_lrs", (1.0, 1.0), (0.0,)),
-    TuneOptions: same_values("steps rank batch_size parameters", 0) | {"alpha": (0.0,), "rule": ("none",), "targets": ((),)},
+    TuneOptions: same_values("steps rank batch_size parameters", 0)
+    | {"alpha": (0.0,), "rule": ("none",), "targets": ((),)},
     RegimeConfig: {"ranks": ((), (4, 4), (0,)), "rules": ((), ("lore",), ("rora", 0.5))}
     | {"optimizers": ((), ("lion",)), "inits": (("pissa",), ("gaussian", "gaussian"))}
     | same_values("alpha lr", 0.0)
