@@ -16,7 +16,7 @@ from rora_theory.evidence.rate_prior import ExpectedRate, expected_rate
 from rora_theory.optimizers import Schedule
 from rora_theory.scaling import Rule, scaling_factor
 from rora_theory.validation.ranges import Count, Positive, check_ranges
-from rora_theory.validation.rules import check_list
+from rora_theory.validation.rules import check_list, check_unread
 from sims.common import answers, cli, tables
 
 
@@ -52,6 +52,8 @@ class TuneOptions:
     def __post_init__(self) -> None:
         check_ranges(self)
         check_list("targets", self.targets)
+        if self.parameters is not None:
+            check_unread(self, "model", "revision", conflicts_with="--parameters")
         _ = self.gain  # validates the rule
 
     @property

@@ -43,6 +43,7 @@ OPTIONS: dict[type, dict[str, tuple[Any, str]]] = {
     TuneOptions: {
         "model": ("smollm2-135m", "sims/test_tune.py::test_the_configuration_alone_is_read"),
         "revision": (None, "sims/test_tune.py::test_the_configuration_alone_is_read"),
+        "parameters": (None, "sims/test_tune.py::test_a_number_of_parameters_stands_for_a_model"),
         **{
             name: (default, REACHES)
             for name, default in {

@@ -73,7 +73,7 @@ def test_the_configuration_alone_is_read(model, tmp_path, monkeypatch) -> None:
 
 def test_a_number_of_parameters_stands_for_a_model(model) -> None:
     assert answer("--parameters", repr(BILLIONS), SETTINGS)["tuning"] == answer("--model", model, SETTINGS)["tuning"]
-    assert answer("--parameters 8 --model nowhere --targets z_proj", SETTINGS)["tuning"]["learning_rate"] == (
+    assert answer("--parameters 8 --targets z_proj", SETTINGS)["tuning"]["learning_rate"] == (
         pytest.approx(rate_prior(Run(16, 8.0, 256, "cosine", 4), parameters=8.0).rates.best)
     )
 
@@ -86,8 +86,9 @@ def test_a_number_of_parameters_stands_for_a_model(model) -> None:
         ("--model nowhere", "nowhere: no such path"),
         ("--rank 0", "--rank .* 0"),
         ("--parameters 0", "--parameters .* 0"),
+        ("--parameters 8 --model nowhere", "--model nowhere .*--parameters"),
     ],
 )
 def test_bad_input_is_one_line(words, named, model) -> None:
-    words = words if "--model" in words else f"--model {model} {words}"
+    words = words if "--model" in words or "--parameters" in words else f"--model {model} {words}"
     assert re.search(named, commands.refusal(commands.run_command(sim.main, words)))
