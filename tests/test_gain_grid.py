@@ -191,3 +191,13 @@ def test_an_exponent_in_the_steps_is_the_slope_from_the_fewest_to_the_most():
     folders = importlib.import_module("sweep_folders")
     rates = pd.Series([0.25, 1.0, 0.9], index=[1024, 64, 256])
     assert folders.exponent_in_steps(rates) == pytest.approx(-0.5, rel=1e-12)
+
+
+def test_the_constants_of_the_advice_come_from_the_runs_that_their_coverage_counts():
+    """Later runs are tests of the constants, and no part of them."""
+    script = importlib.import_module("advice_constants")
+    law = {name: CONSTANTS[name].value for name in ("rank_exponent", "displacement_constant")}
+    pairs = script.pairs_of(script.our_best_rates(), **law)
+    counts = pd.Series([pair.model for pair in pairs if not script.is_at_one_gain(pair)]).value_counts()
+    published = pd.read_csv(script.PUBLISHED / "constants" / "coverage.csv").query("judged_by == 'own spread'")
+    assert counts.to_dict() == published.set_index("model")["pairs"].to_dict()

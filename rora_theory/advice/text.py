@@ -25,17 +25,19 @@ def describe_details(advice: TransferredSetting) -> str:
 def describe_answer(advice: TransferredSetting) -> str:
     """Return a sentence with the lora_alpha and the learning rate to set, in PEFT's terms."""
     old, run, new_rank = advice.old, advice.run, advice.unchanged.rank
-    changes = [f"from rank {old.rank} to {new_rank}"] if new_rank != old.rank else []
+    changes = []
     if "steps" in run.changed:
         changes.append(f"from {run.steps} to {run.to_steps} steps")
     if "batch_size" in run.changed:
         changes.append(f"from batches of {run.batch_size} to {run.to_batch_size}")
     if "schedule" in run.changed:
         changes.append(f"from a {run.schedule} to a {run.to_schedule} schedule")
-    if new_rank == old.rank:
-        change = ", ".join([f"at rank {old.rank}", *([listed(changes)] if changes else [])])
+    if new_rank != old.rank:
+        change = listed([f"From rank {old.rank} to {new_rank}", *changes])
+    elif changes:
+        change = f"At rank {old.rank}, {listed(changes)}"
     else:
-        change = listed(changes)
+        change = f"At rank {old.rank}"
     # The alpha stated is that of alpha / r, so under another rule it changes in any case.
     keeps_alpha = exponent(old.rule) == KAPPAS["lora"] and isclose(advice.lora_alpha, old.alpha)
     keeps_rate = isclose(advice.learning_rate, old.learning_rate)
@@ -45,7 +47,7 @@ def describe_answer(advice: TransferredSetting) -> str:
     else:
         alpha_verb = "keep" if keeps_alpha else "set"
         action = f"{alpha_verb} lora_alpha={advice.lora_alpha:.6g}{flag} and {_describe_rate(advice)}"
-    return f"{change[0].upper()}{change[1:]} with {DISPLAY_NAMES[old.optimizer]}: {action}."
+    return f"{change} with {DISPLAY_NAMES[old.optimizer]}: {action}."
 
 
 def _describe_rate(advice: TransferredSetting) -> str:

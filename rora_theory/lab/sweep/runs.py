@@ -226,7 +226,7 @@ def merge_repeated_runs(runs: Iterable[SweepRun]) -> list[SweepRun]:
     merged = []
     for setting_runs in (by_length[steps] for by_length in by_setting.values() for steps in sorted(by_length)):
         # From the shortest to the longest run, so that the readings of longer runs replace those of shorter ones.
-        setting_runs = sorted(setting_runs, key=lambda run: max((at.step for at in run.read.readings), default=0))
+        setting_runs = sorted(setting_runs, key=lambda run: run.length)
         readings: dict[int, Reading] = {}
         for reading in (reading for run in setting_runs for reading in run.read.readings):
             # A reading with the parts of the change is not replaced by one without them.
