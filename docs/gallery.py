@@ -22,6 +22,7 @@ NAMES = MODEL_NAMES | {
     "SMALL/model": "ours, 1.0M weights",
     "small_checkpoint_5500/model": "ours, 1.0M weights, after 5,500 of 8,000 steps",
     "pretrain_medium/model": "ours, 2.9M weights",
+    "MEDIUM/model": "ours, 2.9M weights",
 }
 """Names of models in words; our own are folders below that of the runs."""
 TITLES = {
@@ -32,6 +33,8 @@ TITLES = {
     "horizon": "Constant rate, 16 to 256 steps",
     "horizon_gemma": "Constant rate in Gemma 3 270M",
     "lr_transfer": "Controlled problem",
+    "medium_model": "Second small model over G",
+    "small_more": "Small model at other ranks",
     "lr_transfer_smollm2": "Best rates of a language model",
     "rank_sweep": "Ranks and rates, 32 steps",
     "rank_sweep_pruned": "Ranks and rates, 32 steps, model pruned to half",

@@ -113,13 +113,17 @@ def _describe_cost(advice: TransferredSetting) -> list[str]:
     sentences = _describe_cost_of_setting(advice)
     if "steps" in advice.run.changed:
         keep, advised = EVIDENCE["steps_keep"], EVIDENCE["steps_advice"]
-        long_keep, long_advised = EVIDENCE["long_keep"], EVIDENCE["long_advice"]
+        (first_keep, first), (second_keep, second), (long_keep, long) = (
+            (EVIDENCE[f"{name}_keep"]["regret"], EVIDENCE[f"{name}_advice"]["regret"])
+            for name in ("first_small", "second_small", "long")
+        )
         sentences += [
             f"In SmolLM2-135M at a constant rate ({keep['pairs']} pairs of steps), keeping the rate cost "
             f"{keep['mean']:.4f} nats per token on average and {keep['largest']:.4f} at most when only the steps "
             f"changed; this advice, in part fitted to these runs, {advised['mean']:.4f} and {advised['largest']:.4f}.",
-            "In a model of a million weights, from 256 to 4,096 steps, keeping the rate cost "
-            f"{long_keep['regret']:.3f} and this advice {long_advised['regret']:.3f}: the best rate fell less.",
+            "In models of 1 and 3 million weights the best rate fell less: from 64 to 1,024 steps keeping the rate "
+            f"cost {first_keep:.3f} and {second_keep:.3f}, this advice {first:.3f} and {second:.3f}; from 256 to 4,096 "
+            f"in the first, {long_keep:.3f} and {long:.3f}.",
         ]
     if "batch_size" in advice.run.changed:
         keep, advised = EVIDENCE["batch_keep"], EVIDENCE["batch_advice"]

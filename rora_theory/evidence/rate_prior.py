@@ -187,6 +187,8 @@ def expected_rate(
         f"high or low costs {twofold(CURVATURE):.3f} nats per token; {twofold(PUBLIC_CURVATURE):.3f} in public sweeps "
         "of larger models), and held-out losses without noise.",
     ]
-    if parameters is not None and parameters < min(model.parameters for model in models()):
-        assumptions.append("The model is smaller than all of these; the rate is extrapolated by size.")
+    sizes = [model.parameters for model in models()]
+    if parameters is not None and not min(sizes) <= parameters <= max(sizes):
+        place = "smaller" if parameters < min(sizes) else "larger"
+        assumptions.append(f"The model is {place} than all of these; the rate is extrapolated by size.")
     return ExpectedRate(prior, run.steps or 0, config, (*assumptions, *remarks))

@@ -391,7 +391,8 @@ def test_the_cost_is_the_published_regret() -> None:
     longer = transfer(old, 16, steps=64, to_steps=256).sentence()
     larger = transfer(old, 16, batch_size=4, to_batch_size=64).sentence()
     of_steps = [f"{EVIDENCE[name]['mean']:.4f}" for name in ("steps_keep", "steps_advice")]
-    of_steps += [f"{EVIDENCE[name]['regret']:.3f}" for name in ("long_keep", "long_advice")]
+    small = [f"{name}_{policy}" for name in ("first_small", "second_small", "long") for policy in ("keep", "advice")]
+    of_steps += [f"{EVIDENCE[name]['regret']:.3f}" for name in small]
     of_batch = [f"{EVIDENCE['batch_keep']['regret']:.3f} nats", f"{EVIDENCE['batch_advice']['regret']:.4f}"]
     assert all(number in longer for number in of_steps)
     assert all(number in larger for number in of_batch)

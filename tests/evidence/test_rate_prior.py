@@ -100,9 +100,13 @@ def test_the_result_states_the_rate_its_range_and_what_it_assumes() -> None:
     smallest = min(model.parameters for model in models())
     assert any("extrapolated" in text for text in result.assumptions)
     assert result.assumptions[-1] == "A remark."
-    for parameters in (smallest, None):
+    largest = max(model.parameters for model in models())
+    for parameters in (smallest, largest, None):
         other = expected_rate(run, config=config, parameters=parameters)
         assert not any("extrapolated" in text for text in other.assumptions)
+    beyond = expected_rate(run, config=config, parameters=7e9)
+    assert "larger" in beyond.assumptions[-1]
+    assert "extrapolated" in beyond.assumptions[-1]
 
 
 @pytest.mark.parametrize(
