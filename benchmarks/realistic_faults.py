@@ -653,8 +653,8 @@ TUNING_FAULTS = [
     ),
     Fault(
         RATE_PRIOR,
-        "if parameters is not None and parameters < min(",
-        "if parameters is not None and parameters > min(",
+        "if parameters is not None and not min(sizes) <= parameters <= max(sizes):",
+        "if parameters is not None and min(sizes) <= parameters <= max(sizes):",
         "an extrapolated rate does not say so",
     ),
     Fault(
