@@ -27,6 +27,10 @@ code and questions. Its rates are a factor of 2 apart around the best ones of ``
 finer rates (``predict small_long --pilot results/published/small_models``), lowered so that an unchanged best rate and
 one that falls as T^-0.54 lie inside.
 
+``smollm2_long`` has runs of SmolLM2 of 1,024 steps on 4,096 records that are read once, with rates a factor of 2 apart that
+reach from twice the best one after 64 steps to an eighth of it (``predict smollm2_long --pilot
+results/published/gain_seeds/smollm2``).
+
 ``long_gains`` adds other G, and with ``--grid full`` another rank, to the runs of 4,096 steps. Its reference is
 ``small_long``, whose best rates were known (``predict long_gains --pilot results/published/small_long``), and its K is
 that of the pilot of ``small``.
@@ -135,6 +139,7 @@ RSLORA = tuple(Setting(rank, RSLORA_GAINS[rank], schedule, 1024) for schedule in
 BATCHES = tuple(Setting(8, 32.0, "constant", 1024, batch_size=size) for size in (16, 64))
 LONG = (Setting(8, 32.0, "constant", 4096),)
 LONGER = (Setting(8, 32.0, "constant", 16384), Setting(8, 32.0, "cosine", 4096))
+REFERENCE_STEPS = (Setting(8, 32.0, "constant", 1024),)
 LONG_GAINS = tuple(Setting(8, gain, "constant", 4096) for gain in (4.0, 256.0))
 LONG_RANKS = (Setting(64, 32.0, "constant", 4096),)
 AT_RANK_8 = tuple(setting for setting in SMALL_REDUCED if setting.rank == REFERENCE_RANK)
@@ -160,6 +165,9 @@ DESIGNS = {
         5,
         (0, 1, 2),
         rate_ratio=10 ** (1 / 4),
+    ),
+    "smollm2_long": Design(
+        "gain_grid_real_long.yaml", REFERENCE_STEPS, (), REFERENCE_STEPS, (64, 256, 1024), 5, (0,), rate_ratio=2.0
     ),
     "smollm2": Design("gain_grid_real.yaml", GAINS, DECAY, GAINS + DECAY, (64,), 4, (0, 1, 2)),
     "gemma": Design("gain_grid_real.yaml", GAINS, DECAY, GAINS + DECAY, (64,), 4, (0, 1, 2)),
@@ -236,15 +244,23 @@ def read_pilot(folder: Path, steps: int) -> tuple[float, tuple[float, float, flo
 
 
 def predict_steps(args: argparse.Namespace) -> None:
-    """Write the rates of ``small_long`` and its predictions, from ``small``."""
-    design, tuned_steps = DESIGNS[args.design], DESIGNS["small"].steps("constant")
+    """Write the rates of ``small_long`` or ``smollm2_long`` and its predictions, from runs of fewer steps."""
+    design = DESIGNS[args.design]
     best = mean_best_rates(args.pilot)[REFERENCE_RANK, REFERENCE_GAIN]
+    small = exponent_in_steps(mean_best_rates(PUBLISHED / "small_models")[REFERENCE_RANK, REFERENCE_GAIN, "constant"])
+    if args.design == "small_long":
+        tuned_steps, factor = DESIGNS["small"].steps("constant"), 1 / math.sqrt(2)
+        laws = {f"T^{small:.2f}, own to {tuned_steps:,} steps": small}
+    else:
+        tuned_steps, factor = DESIGNS["smollm2"].steps("constant"), 1 / 2
+        longest = pd.read_csv(PUBLISHED / "horizon" / "steps.csv").query("rank == 8 and gain == 64 and second == 256")
+        own = float(longest.set_index("first").loc[16, "exponent"])
+        laws = {f"T^{own:.2f}, own to 256 steps": own, f"T^{small:.2f} of the small model": small}
     settings = design.reduced + design.more
-    rows = [vars(setting) | {"rate": best[setting.schedule, tuned_steps] / math.sqrt(2)} for setting in settings]
+    rows = [vars(setting) | {"rate": best[setting.schedule, tuned_steps] * factor} for setting in settings]
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "centres.csv").write_text(frames.to_csv(pd.DataFrame(rows)))
-    own = exponent_in_steps(best["constant"])
-    rows = step_predictions(design.read_at, {f"T^{own:.2f}, own to {tuned_steps:,} steps": own})
+    rows = step_predictions(design.read_at, laws)
     (args.out / "predictions.csv").write_text(frames.to_csv(pd.DataFrame(rows)))
 
 
@@ -398,7 +414,7 @@ def main() -> None:
     parser.add_argument("--grid", choices=("reduced", "full", "finer"), default="reduced")
     parser.add_argument("--seeds", type=int, nargs="+", help="by default all of the design")
     args = parser.parse_args()
-    predictions = {"small_long": predict_steps, "small_more": predict_more}
+    predictions = {"small_long": predict_steps, "smollm2_long": predict_steps, "small_more": predict_more}
     works = {"pilot": pilot, "predict": predictions.get(args.design, predict), "run": run_seeds}
     works[args.work](args)
 
