@@ -2,12 +2,13 @@
 
     python benchmarks/advice_constants.py --out results/published/constants
 
-Public sweeps give the exponent in the rank; our models give the displacement constant (``gain_policies``), and our runs
-the exponents in the number of steps and of records, and the factor of the schedule. The spreads of a pair and of the
-rank are fitted to pairs of best rates at one gain, the spread of the gain to our pairs with two gains, since a single
-public model has such pairs; every model has the same weight. Coverage is that of the stated 90% ranges: of pairs at one
-gain with the exponent and the spreads that the other models give, of public pairs with two gains by constants that none
-of them gave. Our own pairs with two gains are the only ones that are judged by their own spread.
+Public sweeps give the exponent in the rank; our models give the displacement constant (``gain_policies``) and the
+exponent in the number of steps (``steps_policies``), and our runs that in the number of records and the factor of the
+schedule. The spreads of a pair and of the rank are fitted to pairs of best rates at one gain, the spread of the gain to
+our pairs with two gains, since a single public model has such pairs; every model has the same weight. Coverage is that
+of the stated 90% ranges: of pairs at one gain with the exponent and the spreads that the other models give, of public
+pairs with two gains by constants that none of them gave. Our own pairs with two gains are the only ones that are judged
+by their own spread.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from scipy.optimize import minimize
-from sweep_folders import exponent_in_steps, mean_best_rates
+from steps_policies import chosen_way, spread_over_models
 
 from rora_theory.advice.best_rate import QUANTILE
 from rora_theory.evidence.policies import LEFT_OUT, policies_for
@@ -224,27 +225,16 @@ def summarise_displacement_constant() -> tuple[float, float, str]:
     return float(np.exp(logs.mean())), float(logs.std()), f"{', '.join(own['model'])}: the K of the lowest regret"
 
 
-def longest_pairs() -> pd.DataFrame:
-    """Return the longest pair of numbers of steps of each setting that reaches 256 steps, with its exponent."""
-    tables = [pd.read_csv(PUBLISHED / folder / "steps.csv").assign(folder=folder) for folder in OURS]
-    table = pd.concat(tables)
-    # A pair with a best rate at the end of a grid does not count.
-    inside = table[table["edge"].isna() & (table["second"] >= 256) & table["rank"].notna()]
-    longest = inside.assign(length=inside["second"] / inside["first"]).sort_values("length")
-    return longest.groupby(["folder", "rank", "gain"]).tail(1)
-
-
-def small_model_steps_exponent(estimator: str) -> float:
-    """Return the exponent in the steps of the small model at rank 8, G = 32 and a constant rate."""
-    return exponent_in_steps(mean_best_rates(PUBLISHED / "small_models", estimator)[8, 32.0, "constant"])
-
-
-def steps_exponent() -> tuple[float, float, str]:
-    """Return the exponent in the steps: the mean over settings that reach 256 steps, and their standard deviation."""
-    exponents = [*longest_pairs()["exponent"], small_model_steps_exponent("three points")]
-    models = "SmolLM2-135M, Gemma 3 270M and a small model"
-    source = f"{len(exponents)} settings of {models}, to 256 and 1,024 steps, batches of 4"
-    return float(np.mean(exponents)), float(np.std(exponents, ddof=1)), source
+def steps_exponent(estimator: str = "three points") -> tuple[float, float, str]:
+    """Return the exponent in the steps that `steps_policies` chose, its spread over models, and its source."""
+    folder = PUBLISHED / "steps_policies"
+    way = chosen_way(pd.read_csv(folder / "policies.csv"))
+    table = pd.read_csv(folder / "exponents.csv")
+    table = table[table["estimator"] == estimator]
+    value = float(table.set_index(["model", "way"]).loc[("all models", way), "power"])
+    own = table[table["model"] != "all models"]
+    models = ", ".join(own["model"].unique())
+    return value, spread_over_models(own, value), f"{models}: the exponent of the {way}"
 
 
 def schedule_factor() -> tuple[float, float, str]:
@@ -275,15 +265,6 @@ def whole_curve_values() -> dict[str, float]:
         table = pd.read_csv(PUBLISHED / folder / "ratios.csv").query("loss_on == 'all' and estimate == 'whole curve'")
         return table[(table["compared_with"] == compared_with) & (table["step"] >= MIN_STEPS)]
 
-    # Steps: the pairs of `steps_exponent`.
-    exponents = []
-    for folder in OURS:
-        rates = pd.read_csv(PUBLISHED / folder / "rates.csv").query("loss_on == 'all' and estimate == 'whole curve'")
-        logs = np.log(rates.set_index(["rank", "gain", "step"])["best_rate"])
-        for pair in longest_pairs().query("folder == @folder").itertuples():
-            change = logs[pair.rank, pair.gain, pair.second] - logs[pair.rank, pair.gain, pair.first]
-            exponents.append(change / math.log(pair.second / pair.first))
-    exponents.append(small_model_steps_exponent("whole curve"))
     # Batches: the two pairs of `batch_exponent`.
     large = read_ratios("horizon_batch_32", "batch_size 4")["ratio"].iloc[0]
     small = {}
@@ -295,7 +276,7 @@ def whole_curve_values() -> dict[str, float]:
     public = public[(public["source"] == "tinker") & (public["from_rank"] == MIN_RANK)].set_index("method")
     return {
         "rank_exponent": float(public.loc["registration", "exponent"]),
-        "steps_exponent": float(np.mean(exponents)),
+        "steps_exponent": steps_exponent("whole curve")[0],
         "batch_exponent": float(np.mean(batches)),
         "cosine": float(np.exp(np.log(read_ratios("horizon_cosine", "schedule constant")["ratio"]).mean())),
     }
@@ -391,18 +372,17 @@ def main() -> None:
     rank_source = f"{models} public models, ranks {MIN_RANK} to 128, G = 32, 780 steps"
     entries = [
         ("displacement_constant", constant, constant_spread, None, constant_source),
-        (
-            "rank_exponent",
-            exponent,
-            rank_spread,
-            exponent_error,
-            rank_source,
-        ),
+        ("rank_exponent", exponent, rank_spread, exponent_error, rank_source),
         ("gain_exponent", 0.0, gain_spread, None, f"{', '.join(our_models)}, G = {lowest:g} to {highest:,g}"),
         ("pair", 0.0, pair_spread, None, "public models and ours, pairs at one G"),
-        ("steps_exponent", *steps_exponent()[:2], None, steps_exponent()[2]),
-        ("batch_exponent", *batch_exponent()[:2], None, batch_exponent()[2]),
-        ("cosine", *schedule_factor()[:2], None, schedule_factor()[2]),
+        *(
+            (name, value, spread, None, source)
+            for name, (value, spread, source) in {
+                "steps_exponent": steps_exponent(),
+                "batch_exponent": batch_exponent(),
+                "cosine": schedule_factor(),
+            }.items()
+        ),
     ]
     constants = pd.DataFrame(entries, columns=["name", "value", "spread", "standard_error", "source"])
     constants["by_whole_curves"] = constants["name"].map(whole_curve_values())

@@ -27,8 +27,8 @@ code and questions. Its rates are a factor of 2 apart around the best ones of ``
 finer rates (``predict small_long --pilot results/published/small_models``), lowered so that an unchanged best rate and
 one that falls as T^-0.54 lie inside.
 
-``smollm2_long`` has runs of SmolLM2 of 1,024 steps on 4,096 records that are read once, with rates a factor of 2 apart that
-reach from twice the best one after 64 steps to an eighth of it (``predict smollm2_long --pilot
+``smollm2_long`` has runs of SmolLM2 of 1,024 steps on 4,096 records, each read once, with rates a factor of 2 apart
+that reach from twice the best one after 64 steps to an eighth of it (``predict smollm2_long --pilot
 results/published/gain_seeds/smollm2``).
 
 ``long_gains`` adds other G, and with ``--grid full`` another rank, to the runs of 4,096 steps. Its reference is
