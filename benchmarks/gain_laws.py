@@ -58,7 +58,7 @@ from rora_theory.stats.regret import regret
 from rora_theory.stats.verdicts import judge_range
 
 STEPS_POLICIES = {"keep the rate": 0.0, "T^-0.25": -0.25, "T^-0.5": -0.5}
-"""Exponents in the number of steps whose regret is computed beside that of the advice."""
+"""Exponents in the number of steps whose regret is computed."""
 
 REFERENCE = Setting(REFERENCE_RANK, REFERENCE_GAIN, "constant", 1024).name
 """Rank and G of the setting to which all others are compared."""
@@ -328,7 +328,6 @@ def tuned_elsewhere(curves: Mapping[int, Curves], seed: int, setting: Setting) -
 
 def steps_regret_rows(curves: Mapping[int, Curves], design: Design) -> pd.DataFrame:
     """Return the regret of every power of the number of steps at the reference setting, by seed."""
-    exponents = STEPS_POLICIES | {"advice": CONSTANTS["steps_exponent"].value}
     rows = []
     for seed, by_key in curves.items():
         for first, second in itertools.combinations(design.read_at, 2):
@@ -337,7 +336,7 @@ def steps_regret_rows(curves: Mapping[int, Curves], design: Design) -> pd.DataFr
             target = by_key.get(new)
             if tuned is None or target is None or target.edge:
                 continue
-            for policy, exponent in exponents.items():
+            for policy, exponent in STEPS_POLICIES.items():
                 factor = (second / first) ** exponent
                 cost = regret(tuned, target, partial(mul, factor))
                 row: dict[str, Any] = {"seed": seed, "from": f"{first} steps", "to": f"{second} steps"}

@@ -57,6 +57,9 @@ POWERS = np.arange(-40, 1) / 40
 WITHOUT_FIT = {"keep the rate": 0.0, "T^-0.25": -0.25, "square root": -0.5}
 """Powers that were not fitted, by name."""
 
+WAYS = ("lowest regret", "mean of best", "mean exponent")
+"""Ways of choosing the power from several models."""
+
 
 @dataclass(frozen=True)
 class StepsPair:
@@ -243,7 +246,7 @@ def coverage(pairs: Pairs, scanned: pd.DataFrame, own: pd.DataFrame, way: str) -
 def chosen_way(policies: pd.DataFrame) -> str:
     """Return the way of choosing the power that has the lowest regret on models left out, from `judged`."""
     means = policies[policies["model"] == "all models"].set_index("policy")["mean"]
-    return str(means.drop(list(WITHOUT_FIT)).idxmin())
+    return str(means[means.index.isin(WAYS)].idxmin())
 
 
 def main() -> None:

@@ -118,12 +118,12 @@ def print_alternatives(advice: Advice) -> None:
     """Print the learning rates that common choices of alpha and rule need."""
     formats = {"choice": "{name}", "scaling": "{scaling:.4g}"}
     if advice.follows_displacement_law:
-        formats |= {"divide the rate by (range)": "{divisor:.3g}", "rate": "{learning_rate:.3g}"}
+        formats["learning rate (range)"] = "{rate_range:.3g}"
     else:
         formats |= {"first step": "{step:.4g} x", "rate that preserves it": "{learning_rate:.3g}"}
     if advice.rate_limits is not None:
         formats["in a long run"] = "{rate_limits.long_run:.3g}"
-    rows = [vars(row) | {"scaling": row.setting.scaling, "divisor": row.divisor} for row in advice.alternatives()]
+    rows = [vars(row) | {"scaling": row.setting.scaling} for row in advice.alternatives()]
     tables.print_records(text.describe_alternatives(advice), rows, formats)
 
 

@@ -40,6 +40,16 @@ class RateRange(NamedTuple):
     best: float
     high: float
 
+    def __format__(self, form: str) -> str:
+        """Format the rate to use, followed by the range to two digits if it has one.
+
+        Examples:
+          >>> f"{RateRange(1e-4, 2e-4, 4e-4):.3g}, {RateRange(2e-4, 2e-4, 2e-4):.3g}"
+          '0.0002 (0.0001 to 0.0004), 0.0002'
+        """
+        has_range = not math.isclose(self.low, self.high)
+        return format(self.best, form) + (f" ({self.low:.2g} to {self.high:.2g})" if has_range else "")
+
 
 @dataclass(frozen=True)
 class Run:

@@ -113,18 +113,12 @@ def _describe_cost(advice: TransferredSetting) -> list[str]:
     sentences = _describe_cost_of_setting(advice)
     if "steps" in advice.run.changed:
         keep, advised = EVIDENCE["steps_keep"], EVIDENCE["steps_advice"]
-        (first_keep, first), (second_keep, second), (long_keep, long) = (
-            (EVIDENCE[f"{name}_keep"]["regret"], EVIDENCE[f"{name}_advice"]["regret"])
-            for name in ("first_small", "second_small", "long")
+        sentences.append(
+            f"In four models of 1 to 270 million weights ({keep['pairs']} pairs, to 1,024 steps and in one model to "
+            f"16,384), keeping the rate for more steps cost {keep['mean']:.3f} nats per token on average and "
+            f"{keep['largest']:.2f} at most; this law, fitted to the other three models, {advised['mean']:.3f} and "
+            f"{advised['largest']:.3f}."
         )
-        sentences += [
-            f"In SmolLM2-135M at a constant rate ({keep['pairs']} pairs of steps), keeping the rate cost "
-            f"{keep['mean']:.4f} nats per token on average and {keep['largest']:.4f} at most when only the steps "
-            f"changed; this advice, in part fitted to these runs, {advised['mean']:.4f} and {advised['largest']:.4f}.",
-            "In models of 1 and 3 million weights the best rate fell less: from 64 to 1,024 steps keeping the rate "
-            f"cost {first_keep:.3f} and {second_keep:.3f}, this advice {first:.3f} and {second:.3f}; from 256 to 4,096 "
-            f"in the first, {long_keep:.3f} and {long:.3f}.",
-        ]
     if "batch_size" in advice.run.changed:
         keep, advised = EVIDENCE["batch_keep"], EVIDENCE["batch_advice"]
         sentences.append(
@@ -177,12 +171,16 @@ def _describe_law(advice: TransferredSetting) -> list[str]:
             f"by the displacement law with {constant}."
         )
     if "steps" in run.changed:
-        power = CONSTANTS["steps_exponent"]
-        sentences.append(f"The best rate changes as steps^{power.value:.2f} (± {2 * power.spread:.1f}).")
+        steepest, flattest = (EVIDENCE[f"steps_{name}"]["power"] for name in ("steepest", "flattest"))
+        sentences.append(
+            f"The best rate changes as steps^{CONSTANTS['steps_exponent'].value:.2f}; in single models the exponent "
+            f"was {steepest:.2f} to {flattest:.2f}."
+        )
     if "batch_size" in run.changed:
         power = CONSTANTS["batch_exponent"]
         sentences.append(
-            f"The best rate changes as batch size^{power.value:.2f} (± {2 * power.spread:.1f}) at one number of steps."
+            f"The best rate changes as batch size^{power.value:.2f} at one number of steps, with a standard deviation "
+            f"of {power.spread:.1f} in the exponent."
         )
     if "schedule" in run.changed:
         change = f"from {run.schedule} to {run.to_schedule}"

@@ -172,7 +172,7 @@ class Advice(TransferredSetting):
                 "rate_limits": self.rate_limits,
                 "modules": [asdict(module) for module in self.modules],
                 "choices": [
-                    vars(row) | {"setting": asdict(row.setting), "scaling": row.setting.scaling, "divisor": row.divisor}
+                    vars(row) | {"setting": asdict(row.setting), "scaling": row.setting.scaling}
                     for row in self.alternatives()
                 ],
             }

@@ -57,13 +57,6 @@ class Alternative:
     rate_range: RateRange | None
     rate_limits: HorizonLimits | None
 
-    @property
-    def divisor(self) -> ModuleSpread:
-        """Tuned learning rate divided by the one to use, with its range."""
-        tuned = self.setting.learning_rate
-        low, best, high = self.rate_range or (self.learning_rate,) * 3
-        return ModuleSpread(tuned / best, tuned / high, tuned / low)
-
 
 @dataclass(frozen=True)
 class TransferredSetting:

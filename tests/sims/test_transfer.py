@@ -55,9 +55,8 @@ def test_the_command_as_a_user_runs_it() -> None:
     rows = {row.name: row for row in carry(Setting(8, 16.0, 3e-4), 128).alternatives()}
     for name in ("alpha = 2r", "alpha = 16, unchanged, use_rslora"):
         row = rows[name]
-        expected = [f"{row.setting.scaling:.4g}", *f"{row.divisor:.3g}".split(), f"{row.learning_rate:.3g}"]
-        assert lines[name][-len(expected) :] == expected
-    assert lines["alpha = 16, unchanged"][-1] == f"{rows['alpha = 16, unchanged'].learning_rate:.3g}"
+        low, best, high = row.rate_range
+        assert lines[name][-5:] == [f"{row.setting.scaling:.4g}", f"{best:.3g}", f"({low:.2g}", "to", f"{high:.2g})"]
 
 
 def test_both_limits_of_a_regime_that_is_assumed() -> None:
@@ -74,7 +73,7 @@ def test_the_tuned_rule_is_kept() -> None:
     assert "under rora unless stated" in text
     rows = {row.name: row for row in carry(Setting(8, 16.0, 3e-4, "rora"), 128).alternatives()}
     unchanged = rows["alpha = 16, unchanged"]  # gamma of 16 / sqrt(128)
-    assert lines["alpha = 16, unchanged"][4:6] == ["1.414", f"{unchanged.divisor.mean:.3g}"]
+    assert lines["alpha = 16, unchanged"][4:6] == ["1.414", f"{unchanged.learning_rate:.3g}"]
     assert "0.125" in lines["alpha = 16, unchanged, without use_rslora"]
     text = answer("--rule 0.25")
     alpha = 16 * (128 / 8) ** (0.25 - 1)
@@ -213,8 +212,8 @@ def test_from_a_saved_adapter_as_json(save) -> None:
     assert actual == expected.as_dict() | {"target_modules": ["q_proj"]}
     assert (extra["answer"], extra["warnings"], extra["files"]) == (expected.answer(), [], [])
     (table,) = extra["tables"]
-    assert [(row["scaling"], row["learning_rate"]) for row in table["rows"]] == [
-        (row.setting.scaling, row.learning_rate) for row in expected.alternatives()
+    assert [(row["scaling"], row["learning rate (range)"]) for row in table["rows"]] == [
+        (row.setting.scaling, f"{row.rate_range:.3g}") for row in expected.alternatives()
     ]
 
 
