@@ -40,7 +40,6 @@ from rora_theory.evidence.policies import RateFactor, displacement_law, power_of
 from rora_theory.evidence.sweeps import load_sweeps
 from rora_theory.runs import frames
 from rora_theory.stats.rate_curves import Curve
-from rora_theory.stats.regret import loss_at
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "published"
 SMALLEST_CHANGE = 1.2
@@ -78,7 +77,7 @@ class Pair:
     def regret(self, law: RateFactor) -> float:
         """Return the regret of a law at the second setting, in nats per token."""
         rate = self.tuned_rate * law(self.old_rank, self.old_gain, self.curve.rank, self.curve.gain)
-        losses, _ = loss_at(self.curve.rates, self.curve.losses, rate)
+        losses, _ = self.curve.losses_at(np.array([rate]))
         return float(losses.mean() - self.curve.losses.mean(axis=0).min())
 
 

@@ -44,7 +44,6 @@ from rora_theory.advice.constants import CONSTANTS
 from rora_theory.runs import frames
 from rora_theory.stats.curve_optima import whole_curve_log2_rates
 from rora_theory.stats.rate_curves import Curve
-from rora_theory.stats.regret import loss_at
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "published"
 
@@ -84,8 +83,8 @@ class StepsPair:
 
     def regret(self, power: float) -> tuple[float, bool]:
         """Return the regret of a power of the number of steps in nats per token, and whether it is a lower bound."""
-        losses, is_bound = loss_at(self.curve.rates, self.curve.losses, self.rate * self.growth**power)
-        return float(losses.mean() - self.curve.losses.mean(axis=0).min()), is_bound
+        losses, is_bound = self.curve.losses_at(np.array([self.rate * self.growth**power]))
+        return float(losses.mean() - self.curve.losses.mean(axis=0).min()), bool(is_bound[0])
 
 
 Pairs = Mapping[str, Mapping[str, list[StepsPair]]]

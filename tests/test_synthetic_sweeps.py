@@ -40,7 +40,7 @@ def test_records_are_resampled_as_pairs() -> None:
     """All curves share the resampled records: without other noise the best rates of two curves move together."""
     model = SweepModel(-0.7, 16.0, 2, 5, ranks=1, noise=0.0, seed_spread=0.0, record_correlation=1.0)
     (((first, second),),) = draw_sweeps(model, 1, np.random.default_rng(0), draws=100)
-    moves = [quadratic_optima(curve.over_resamples()) for curve in (first, second)]
+    moves = [quadratic_optima(curve.over_resamples) for curve in (first, second)]
     assert np.std(moves[0]) > 0.05
     assert np.std(moves[1] - moves[0]) < 0.2 * np.std(moves[0])
 

@@ -12,7 +12,6 @@ from rora_theory.evidence.regrets import lands_on_diverged
 from rora_theory.evidence.sweeps import Sweep
 from rora_theory.runs import frames
 from rora_theory.stats.rate_optimum import fit_minima
-from rora_theory.stats.regret import losses_at
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -71,7 +70,7 @@ def absolute_regrets(sweeps: Sequence[Sweep]) -> "pd.DataFrame":
     for sweep in sweeps:
         for name, rate in rates_for(sweep.model).items():
             for fit in (fit for fit in sweep.fits if math.isclose(fit.curve.gain, starting_rates.ALPHA)):
-                losses, is_lower_bound = losses_at(fit.curve.rates, fit.curve.losses, np.array([rate]))
+                losses, is_lower_bound = fit.curve.losses_at(np.array([rate]))
                 is_lost = lands_on_diverged(fit.curve, rate)
                 regret = float(np.mean(losses[:, 0] - fit.curve.lowest_losses()))
                 rows.append(

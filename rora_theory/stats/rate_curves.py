@@ -12,13 +12,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Float
+import scipy
+from jaxtyping import Bool, Float
 
 from rora_theory.optimizers import FAMILY, scaling_power
 from rora_theory.runs import frames
 from rora_theory.stats import slopes
 from rora_theory.stats.estimate import ROUNDING, Estimate, over_seeds
-from rora_theory.stats.rate_optimum import Best, fit_minima, grid_gap, predicted_slopes, rate_gap
+from rora_theory.stats.rate_optimum import Best, fit_minima, grid_gaps, predicted_slopes, rate_gaps
 from rora_theory.stats.slopes import SlopeFit
 from rora_theory.stats.verdicts import judge_equivalence
 
@@ -119,8 +120,9 @@ class Curve:
         resampled = None if self.resampled is None else self.resampled[:, rows]
         return replace(self, losses=self.losses[rows], resampled=resampled, seeds=tuple(seeds))
 
+    @cached_property
     def over_resamples(self) -> "Curve | None":
-        """Return the mean over seeds for every resample of the records, in place of seeds; None without resamples."""
+        """Mean over seeds for every resample of the records, in place of seeds; None without resamples."""
         if self.resampled is None:
             return None
         return replace(self, losses=self.resampled.mean(axis=1), resampled=None, seeds=())
@@ -128,10 +130,11 @@ class Curve:
     @property
     def replicates(self) -> "Curve":
         """Curve with replicates as its rows: the seeds, or `over_resamples` of a single seed with losses per record."""
-        return (self.over_resamples() if len(self.losses) == 1 else None) or self
+        return (self.over_resamples if len(self.losses) == 1 else None) or self
 
+    @cached_property
     def optima(self) -> list[Best]:
-        """Fit the minimum of each seed's curve."""
+        """Minimum fitted to each seed's curve."""
         return fit_minima(self.rates, self.losses, self.reach)
 
     @cached_property
@@ -141,12 +144,12 @@ class Curve:
         The best rate is at an edge if that of any seed is, or if it is for more resamples of the records than a 95%
         interval excludes.
         """
-        over_resamples = self.over_resamples()
+        over_resamples = self.over_resamples
         # A single seed counts through its resampled records, if it has any.
         is_resampled_seed = over_resamples is not None and len(self.losses) == 1
-        ends = [] if is_resampled_seed else [best.edge for best in self.optima() if best.edge]
+        ends = [] if is_resampled_seed else [best.edge for best in self.optima if best.edge]
         if over_resamples is not None:
-            resampled_ends = [best.edge for best in over_resamples.optima() if best.edge]
+            resampled_ends = [best.edge for best in over_resamples.optima if best.edge]
             if len(resampled_ends) >= EDGE_SHARE * len(over_resamples.losses):
                 ends += resampled_ends
         # The more frequent of the two ends.
@@ -162,19 +165,58 @@ class Curve:
         """Best rate: the geometric mean over seeds, or over the resamples of a single seed."""
         return float(2**self.log2_optimum.value)
 
+    def losses_at(
+        self, learning_rates: Float[np.ndarray, " n"]
+    ) -> tuple[Float[np.ndarray, "seeds n"], Bool[np.ndarray, " n"]]:
+        """Interpolate the losses at learning rates above 0.
+
+        Monotone cubic interpolation (PCHIP) of the log loss in the log rate has no minimum between two measured rates
+        that is below both, so that a regret cannot be negative.
+
+        Returns:
+          The loss of every seed at each learning rate, and whether it is a lower bound. It is one if the rate lies
+          outside the measured rates or next to a rate that diverged; the loss at the nearest rate that did not diverge
+          is then returned.
+        """
+        x, log_rates = np.log(self.rates), np.log(learning_rates)
+        usable, interpolant = self._interpolant
+        # Tolerance for the rounding of logarithms at the ends of the grid.
+        slack = 1e-9 * max(1.0, float(np.max(np.abs(x))))
+        # Indices of the rates on both sides, the same one at an end of the grid.
+        right = np.searchsorted(x, log_rates)
+        left, right = np.maximum(right - 1, 0), np.minimum(right, len(x) - 1)
+        is_inside = (x[0] - slack <= log_rates) & (log_rates <= x[-1] + slack) & usable[left] & usable[right]
+        # Outside of the grid or next to a run that diverged: the loss at the nearest rate that did not diverge.
+        nearest = np.flatnonzero(usable)[np.argmin(np.abs(x[usable] - log_rates[:, None]), axis=1)]
+        losses, is_lower_bound = self.losses[:, nearest], ~(np.abs(x[nearest] - log_rates) <= slack)
+        if interpolant is not None and is_inside.any():
+            # Rounding may put an end of the grid slightly outside.
+            clipped = np.clip(log_rates[is_inside], x[usable][0], x[usable][-1])
+            losses[:, is_inside], is_lower_bound[is_inside] = np.exp(interpolant(clipped)), False
+        return losses, is_lower_bound
+
+    @cached_property
+    def _interpolant(self) -> tuple[Bool[np.ndarray, " rates"], "scipy.interpolate.PchipInterpolator | None"]:
+        """Rates at which every seed has a finite loss, and the log loss in the log rate over them if there are two."""
+        usable = np.isfinite(self.losses).all(axis=0)
+        if usable.sum() < 2:
+            return usable, None
+        x, y = np.log(self.rates[usable]), np.log(self.losses[:, usable])
+        return usable, scipy.interpolate.PchipInterpolator(x, y, axis=1)
+
     def lowest_losses(self) -> np.ndarray:
         """Return the lowest measured loss of each seed. The vertex of a parabola would be biased low."""
         return np.min(np.where(np.isfinite(self.losses), self.losses, np.inf), axis=1)
 
     @cached_property
     def grid_error(self) -> float:
-        """Mean of `rate_optimum.grid_gap` over seeds, or over the resamples of a single seed."""
-        return float(np.mean([grid_gap(self.rates, losses) for losses in self.replicates.losses]))
+        """Mean of `rate_optimum.grid_gaps` over seeds, or over the resamples of a single seed."""
+        return float(np.mean(grid_gaps(self.rates, self.replicates.losses)))
 
     @cached_property
     def rate_error(self) -> float:
-        """Mean of `rate_optimum.rate_gap` over seeds, or over the resamples of a single seed."""
-        return float(np.mean([rate_gap(self.rates, losses) for losses in self.replicates.losses]))
+        """Mean of `rate_optimum.rate_gaps` over seeds, or over the resamples of a single seed."""
+        return float(np.mean(rate_gaps(self.rates, self.replicates.losses)))
 
 
 def at_shared_seeds(*curves: Curve) -> tuple[Curve, ...]:
@@ -202,7 +244,7 @@ def estimate(statistic: Callable[..., Sequence[float] | np.ndarray], *curves: Cu
       The statistic with its error.
     """
     by_seeds = over_seeds(np.asarray(statistic(*curves), np.float64))
-    resampled_curves = [curve.over_resamples() for curve in curves]
+    resampled_curves = [curve.over_resamples for curve in curves]
     records = min(curve.records for curve in curves)
     if records < 2 or any(curve is None for curve in resampled_curves):
         return by_seeds
@@ -252,7 +294,7 @@ def estimate_loss_difference(first: Curve, second: Curve) -> Estimate:
 
 def log2_rates(curve: Curve) -> np.ndarray:
     """Return log2 of the best rate of each seed."""
-    return np.log2([best.rate for best in curve.optima()])
+    return np.log2([best.rate for best in curve.optima])
 
 
 def weighted_log2_rates(weights: Sequence[float] | Float[np.ndarray, " n"], *curves: Curve) -> Estimate:

@@ -122,8 +122,8 @@ def fit_minima(rates: Float[np.ndarray, " n"], losses: Float[np.ndarray, "curves
     return [Best(*best) for best in zip(best_rates.tolist(), best_losses.tolist(), edges, strict=True)]
 
 
-def grid_gap(rates: Float[np.ndarray, " n"], losses: Float[np.ndarray, " n"]) -> float:
-    """Bound how far the minimum between the rates may lie below the lowest measured loss.
+def grid_gaps(rates: Float[np.ndarray, " n"], losses: Float[np.ndarray, "curves n"]) -> Float[np.ndarray, " curves"]:
+    """Bound how far the minimum between the rates may lie below the lowest measured loss of each curve.
 
     In log loss against log rate, the bound is `HIDDEN_SHARE` of the height of the chord between the two neighbours
     above the lowest loss, on an uneven grid multiplied by the ratio of the sides. Next to a run that diverged, the
@@ -132,35 +132,29 @@ def grid_gap(rates: Float[np.ndarray, " n"], losses: Float[np.ndarray, " n"]) ->
 
     Args:
       rates: Learning rates, ascending and above 0.
-      losses: Loss at every rate, above 0; NaN or infinity if the run diverged.
+      losses: Loss of every curve at every rate, above 0; NaN or infinity if the run diverged.
 
     Returns:
-      The bound in the unit of the loss.
+      The bounds in the unit of the loss.
 
     Examples:
-      >>> round(grid_gap(np.array([0.1, 1.0, 10.0]), np.array([1.2, 1.0, 1.2])), 4)
-      0.0547
+      >>> grid_gaps(np.array([0.1, 1.0, 10.0]), np.array([[1.2, 1.0, 1.2]])).round(4).tolist()
+      [0.0547]
     """
-    losses = np.where(np.isfinite(losses), np.asarray(losses, np.float64), np.inf)
-    index = int(np.argmin(losses))
-    if index in (0, len(losses) - 1):
-        return 0.0
-    # Widths and heights of the two sides of the lowest loss, in logarithms.
-    sides = np.diff(np.log(np.asarray(rates, np.float64)[index - 1 : index + 2]))
-    rises = np.log(losses[[index - 1, index + 1]] / losses[index])
-    is_finite = np.isfinite(rises)
-    if is_finite.all():
+    is_inner, lowest, neighbours, (left, right) = _around_lowest(np.log(np.asarray(rates, np.float64)), losses)
+    with np.errstate(invalid="ignore"):
+        left_rise, right_rise = np.log(neighbours / lowest)
         # Height of the chord above the lowest rate: the neighbours' heights, weighted by the opposite sides.
-        chord = float(rises @ sides[::-1] / np.sum(sides))
-        return float(losses[index] * HIDDEN_SHARE * chord * np.max(sides) / np.min(sides))
-    if not is_finite.any():
-        return math.inf
-    # One neighbour diverged: continue the slope of the other side, which convexity allows at most.
-    return float(losses[index] * rises[is_finite][0] * sides[~is_finite][0] / sides[is_finite][0])
+        chord = (left_rise * right + right_rise * left) / (left + right)
+        fitted = HIDDEN_SHARE * chord * np.maximum(left, right) / np.minimum(left, right)
+        # One neighbour diverged: continue the slope of the other side, which convexity allows at most.
+        beside = np.where(np.isfinite(left_rise), left_rise * right / left, right_rise * left / right)
+        gaps = lowest * np.where(np.isfinite(chord), fitted, beside)
+    return np.where(is_inner, gaps, 0.0)
 
 
-def rate_gap(rates: Float[np.ndarray, " n"], losses: Float[np.ndarray, " n"]) -> float:
-    """Bound how far the best rate may lie from the lowest measured loss if `best_rate` cannot fit a parabola.
+def rate_gaps(rates: Float[np.ndarray, " n"], losses: Float[np.ndarray, "curves n"]) -> Float[np.ndarray, " curves"]:
+    """Bound how far the best rate may lie from the lowest measured loss of each curve if no parabola can be fitted.
 
     Next to a run that diverged, the bound is half of the wider step to a neighbour, the largest distance of a
     parabola's vertex. Otherwise it is 0, because the vertex is fitted. At an edge it is 0 too, because the region
@@ -168,21 +162,28 @@ def rate_gap(rates: Float[np.ndarray, " n"], losses: Float[np.ndarray, " n"]) ->
 
     Args:
       rates: Learning rates, ascending and above 0.
-      losses: Loss at every rate, above 0; NaN or infinity if the run diverged.
+      losses: Loss of every curve at every rate, above 0; NaN or infinity if the run diverged.
 
     Returns:
-      The bound in log2 of the rate.
+      The bounds in log2 of the rate.
 
     Examples:
-      >>> round(rate_gap(np.array([1.0, 2.0, 8.0]), np.array([1.2, 1.0, np.nan])), 9)
-      1.0
+      >>> rate_gaps(np.array([1.0, 2.0, 8.0]), np.array([[1.2, 1.0, np.nan]])).tolist()
+      [1.0]
     """
-    losses = np.where(np.isfinite(losses), np.asarray(losses, np.float64), np.inf)
-    index = int(np.argmin(losses))
-    if index in (0, len(losses) - 1) or np.isfinite(losses[[index - 1, index + 1]]).all():
-        return 0.0
-    neighbouring_rates = np.asarray(rates, np.float64)[index - 1 : index + 2]
-    return float(np.max(np.diff(np.log2(neighbouring_rates))) / 2)
+    is_inner, _, neighbours, (left, right) = _around_lowest(np.log2(np.asarray(rates, np.float64)), losses)
+    is_beside = ~np.isfinite(neighbours).all(axis=0)
+    return np.where(is_inner & is_beside, np.maximum(left, right) / 2, 0.0)
+
+
+def _around_lowest(log_rates: np.ndarray, losses: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return by curve whether the lowest loss is no edge, that loss, its neighbours' losses and the steps to them."""
+    losses = np.where(np.isfinite(losses), losses, np.inf)
+    index = np.argmin(losses, axis=1)
+    inner = np.clip(index, 1, len(log_rates) - 2)
+    low, middle, high = losses[np.arange(len(losses)), inner + np.array([[-1], [0], [1]])]
+    steps = np.array([log_rates[inner] - log_rates[inner - 1], log_rates[inner + 1] - log_rates[inner]])
+    return index == inner, middle, np.array([low, high]), steps
 
 
 def predicted_slopes(

@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import scipy
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from rora_theory.stats.estimate import Estimate
 from rora_theory.stats.rate_curves import Curve, estimate
@@ -72,67 +71,6 @@ class Regret:
         }
 
 
-def loss_at(
-    rates: Float[np.ndarray, " rates"], losses: Float[np.ndarray, "seeds rates"], learning_rate: float
-) -> tuple[Float[np.ndarray, " seeds"], bool]:
-    """Interpolate measured losses at a learning rate.
-
-    Monotone cubic interpolation (PCHIP) of the log loss in the log rate has no minimum between two measured rates that
-    is below both, so that a regret cannot be negative.
-
-    Args:
-      rates: Measured learning rates, ascending and above 0.
-      losses: Loss of every seed at every rate, above 0; NaN or infinite where the run diverged.
-      learning_rate: Learning rate at which to interpolate, above 0.
-
-    Returns:
-      The loss of every seed, and whether it is a lower bound. It is one if the rate lies outside the measured rates or
-      next to a rate that diverged; the loss at the nearest rate that did not diverge is then returned.
-
-    Examples:
-      >>> losses, is_lower_bound = loss_at(np.array([1.0, 4.0]), np.array([[1.0, 1.0]]), 2.0)
-      >>> losses.tolist(), is_lower_bound
-      ([1.0], False)
-    """
-    interpolated, is_lower_bound = losses_at(rates, losses, np.array([learning_rate]))
-    return interpolated[:, 0], bool(is_lower_bound[0])
-
-
-def losses_at(
-    rates: Float[np.ndarray, " rates"],
-    losses: Float[np.ndarray, "seeds rates"],
-    learning_rates: Float[np.ndarray, " n"],
-) -> tuple[Float[np.ndarray, "seeds n"], Bool[np.ndarray, " n"]]:
-    """Interpolate measured losses at several learning rates, see `loss_at`.
-
-    Args:
-      rates: Measured learning rates, ascending and above 0.
-      losses: Loss of every seed at every rate, above 0; NaN or infinite where the run diverged.
-      learning_rates: Learning rates at which to interpolate, above 0.
-
-    Returns:
-      The loss of every seed at each learning rate, and whether it is a lower bound.
-    """
-    # Rates at which every seed has a finite loss.
-    usable = np.isfinite(losses).all(axis=0)
-    x, log_rates = np.log(rates), np.log(learning_rates)
-    # Tolerance for the rounding of logarithms at the ends of the grid.
-    slack = 1e-9 * max(1.0, float(np.max(np.abs(x))))
-    # Indices of the rates on both sides, the same one at an end of the grid.
-    right = np.searchsorted(x, log_rates)
-    left, right = np.maximum(right - 1, 0), np.minimum(right, len(x) - 1)
-    is_inside = (x[0] - slack <= log_rates) & (log_rates <= x[-1] + slack) & usable[left] & usable[right]
-    # Outside of the grid or next to a run that diverged: the loss at the nearest rate that did not diverge.
-    nearest = np.flatnonzero(usable)[np.argmin(np.abs(x[usable] - log_rates[:, None]), axis=1)]
-    interpolated, is_lower_bound = losses[:, nearest], ~(np.abs(x[nearest] - log_rates) <= slack)
-    if is_inside.any():
-        # Inside the grid, interpolate log loss in log rate. Rounding may put an end of the grid slightly outside.
-        curve = scipy.interpolate.PchipInterpolator(x[usable], np.log(losses[:, usable]), axis=1)
-        clipped = np.clip(log_rates[is_inside], x[usable][0], x[usable][-1])
-        interpolated[:, is_inside], is_lower_bound[is_inside] = np.exp(curve(clipped)), False
-    return interpolated, is_lower_bound
-
-
 def regret(tuned: Curve, target: Curve, policy: Policy) -> Regret:
     """Compute the regret of a policy that carries a tuned learning rate to another setting.
 
@@ -159,9 +97,9 @@ def regret(tuned: Curve, target: Curve, policy: Policy) -> Regret:
     lowest = _index_of_lowest_loss(target)
 
     def seed_regrets(curve: Curve) -> Float[np.ndarray, " seeds"]:
-        return losses_at(curve.rates, curve.losses, learning_rates[[SHIFTS]])[0][:, 0] - curve.losses[:, lowest]
+        return curve.losses_at(learning_rates[[SHIFTS]])[0][:, 0] - curve.losses[:, lowest]
 
-    losses, is_lower_bound = losses_at(target.rates, target.losses, learning_rates)
+    losses, is_lower_bound = target.losses_at(learning_rates)
     over_interval = np.mean(losses - target.losses[:, [lowest]], axis=0)
     nats = estimate(seed_regrets, target)
     # For a single seed `estimate` averages over resampled records. Report the measured value instead.

@@ -94,8 +94,8 @@ def test_repeats_are_averaged_and_give_the_noise() -> None:
     assert curve.resampled_over == REPEATS
     # The value is measured, the error comes from the noise.
     fit = sweep.fits[6]
-    assert fit.log2_rate.value == pytest.approx(math.log2(curve.optima()[0].rate))
-    spread = np.std(np.log2([best.rate for best in curve.over_resamples().optima()]), ddof=1)
+    assert fit.log2_rate.value == pytest.approx(math.log2(curve.optima[0].rate))
+    spread = np.std(np.log2([best.rate for best in curve.over_resamples.optima]), ddof=1)
     assert fit.log2_rate.error == pytest.approx(spread * math.sqrt(61 / 60))
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rora_theory.errors import InputError
-from rora_theory.stats.rate_optimum import best_rate, fit_minima, grid_gap, predicted_slopes, rate_gap
+from rora_theory.stats.rate_optimum import best_rate, fit_minima, grid_gaps, predicted_slopes, rate_gaps
 
 RATES = 2.0 ** np.arange(-6, 3)
 
@@ -65,11 +65,11 @@ def test_the_loss_that_a_grid_hides():
     """Bounds by hand: even and uneven neighbours, a diverged run on either side or both, and the edges."""
     rates = np.exp([0.0, 1.0, 3.0])
     left, right = np.exp([0.3, 0.6])
-    assert grid_gap(rates, 5 * np.array([left, 1.0, right])) == pytest.approx(5 * 0.3 * (0.3 * 2 + 0.6) / 3 * 2)
-    assert grid_gap(rates, np.array([left, 1.0, np.nan])) == pytest.approx(0.3 * 2)
-    assert grid_gap(rates, np.array([np.inf, 1.0, right])) == pytest.approx(0.6 / 2)
-    assert grid_gap(rates, np.array([np.inf, 1.0, np.inf])) == np.inf
-    assert (grid_gap(rates, np.array([1.0, 2.0, 3.0])), grid_gap(rates, np.array([3.0, 2.0, 1.0]))) == (0.0, 0.0)
+    curves = {
+        (5 * left, 5.0, 5 * right): 5 * 0.3 * (0.3 * 2 + 0.6) / 3 * 2, (left, 1.0, np.nan): 0.3 * 2,
+        (np.inf, 1.0, right): 0.6 / 2, (np.inf, 1.0, np.inf): np.inf, (1.0, 2.0, 3.0): 0.0, (3.0, 2.0, 1.0): 0.0,
+    }  # fmt: skip
+    assert grid_gaps(rates, np.array(list(curves))).tolist() == pytest.approx(list(curves.values()))
 
 
 def test_how_far_the_best_rate_may_lie_beside_a_run_that_diverged():
@@ -80,8 +80,8 @@ def test_how_far_the_best_rate_may_lie_beside_a_run_that_diverged():
         ([2, 1, 2, 3], 0), ([2, 1, nan, 3], 1.5), ([nan, 1, 2, 3], 1.5), ([3, 2, 1, nan], 1.5),
         ([3, nan, 1, 2], 1.5), ([1, nan, 2, 3], 0), ([nan, nan, nan, 1], 0), ([nan, 3, 1, 2], 0),
     ):  # fmt: skip
-        assert rate_gap(rates, np.array(losses, float)) == pytest.approx(gap)
-    assert rate_gap(rates[:3], np.array([nan, 1, nan])) == pytest.approx(1.5)
+        assert rate_gaps(rates, np.array([losses], float)).tolist() == [pytest.approx(gap)]
+    assert rate_gaps(rates[:3], np.array([[nan, 1, nan]])).tolist() == [pytest.approx(1.5)]
 
 
 def test_a_nearly_straight_curve_has_its_minimum_at_the_end() -> None:

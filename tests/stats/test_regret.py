@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rora_theory.stats.rate_curves import Curve
-from rora_theory.stats.regret import loss_at, losses_at, regret
+from rora_theory.stats.regret import regret
 
 RATES = 10 ** (np.arange(-20, -7) / 4)
 
@@ -41,10 +41,17 @@ def test_a_rate_outside_the_grid_or_beside_a_diverged_run_gives_a_lower_bound() 
     beyond = regret(tuned, target, lambda rate: 1.0)
     assert beyond.is_lower_bound
     assert beyond.nats.value == pytest.approx(float(np.mean(target.losses[:, -1])) - 1.05, abs=1e-9)
-    losses = np.array([[1.2, 1.0, 1.1, np.inf]])
-    rates = np.array([1.0, 2.0, 4.0, 8.0])
-    assert loss_at(rates, losses, 5.0) == (pytest.approx([1.1]), True)
-    assert loss_at(rates, losses, 4.0) == (pytest.approx([1.1]), False)
+    losses, is_lower_bound = one_seed(1.2, 1.0, 1.1, np.inf).losses_at(np.array([5.0, 4.0]))
+    assert losses.tolist() == [pytest.approx([1.1, 1.1])]
+    assert is_lower_bound.tolist() == [True, False]
+    losses, is_lower_bound = one_seed(np.nan, np.inf, 1.1, np.inf).losses_at(np.array([1.0, 4.0]))
+    assert losses.tolist() == [pytest.approx([1.1, 1.1])]
+    assert is_lower_bound.tolist() == [True, False]
+
+
+def one_seed(*losses: float) -> Curve:
+    """Return the curve of one seed at rates of 1, 2, 4 and 8."""
+    return Curve("adamw", "both", "lora", 1.0, 8, 1.0, 2.0 ** np.arange(4), np.array([losses]), seeds=(0,))
 
 
 def test_seeds_of_one_shape_have_no_error_and_seeds_with_other_optima_do() -> None:
@@ -75,9 +82,9 @@ def test_the_tuned_and_the_target_curve_are_not_interchangeable() -> None:
 def test_losses_at_several_rates_are_those_at_each() -> None:
     target = curve(1e-4)
     rates = np.array([1e-6, 3e-5, RATES[4], 1e-4, 2e-4, 1.0])
-    losses, is_lower_bound = losses_at(target.rates, target.losses, rates)
+    losses, is_lower_bound = target.losses_at(rates)
     for position, rate in enumerate(rates):
-        one, bound = loss_at(target.rates, target.losses, float(rate))
-        assert losses[:, position].tolist() == pytest.approx(one.tolist(), rel=1e-12)
-        assert is_lower_bound[position] == bound
+        one, bound = target.losses_at(np.array([rate]))
+        assert losses[:, position].tolist() == pytest.approx(one[:, 0].tolist(), rel=1e-12)
+        assert is_lower_bound[position] == bound[0]
     assert is_lower_bound.tolist() == [True, False, False, False, False, True]

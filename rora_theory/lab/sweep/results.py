@@ -15,7 +15,7 @@ from rora_theory.lab.sweep.design import BASE, METHODS
 from rora_theory.lab.sweep.runs import SweepRun
 from rora_theory.runs import files, frames
 from rora_theory.stats.paired import mean_per_token
-from rora_theory.stats.rate_optimum import grid_gap
+from rora_theory.stats.rate_optimum import grid_gaps
 
 ANSWERS = "answers.csv"
 """File in a cell's folder with its answers by item."""
@@ -91,7 +91,7 @@ def marked_rates(rows: pd.DataFrame, loss: str = "validation_loss") -> pd.DataFr
     Returns:
       A row for each `GROUP` with a finished cell that did not diverge: ``learning_rate``; ``best_rate``, which is
       ``only``, ``edge`` (the lowest or highest rate) or ``yes``; and ``grid_error``, a bound on how far a minimum
-      between the rates may lie below the loss (`rate_optimum.grid_gap`), NaN if there is no bound.
+      between the rates may lie below the loss (`rate_optimum.grid_gaps`), NaN if there is no bound.
     """
     tried = rows[rows["learning_rate"].notna() & rows["status"].isin(("complete", "diverged"))]
     tried = tried.assign(loss=tried[loss].where(tried["status"] == "complete", math.inf).astype(float))
@@ -107,9 +107,11 @@ def marked_rates(rows: pd.DataFrame, loss: str = "validation_loss") -> pd.DataFr
             # At an end of the rates, the minimum may lie beyond them.
             ends = seed_rows["learning_rate"].min(), seed_rows["learning_rate"].max()
             mark = "only" if len(seed_rows) == 1 else "edge" if best["learning_rate"] in ends else "yes"
-            by_rate = seed_rows.sort_values("learning_rate")
-            gap = grid_gap(by_rate["learning_rate"].to_numpy(float), by_rate["loss"].to_numpy(float))
-            gap = gap if mark == "yes" and math.isfinite(gap) else math.nan
+            gap = math.nan
+            if mark == "yes":
+                rates, losses = seed_rows.sort_values("learning_rate")[["learning_rate", "loss"]].to_numpy(float).T
+                (gap,) = grid_gaps(rates, losses[None])
+                gap = gap if math.isfinite(gap) else math.nan
             best_rows.append(best[[*GROUP, "learning_rate"]].to_dict() | {"best_rate": mark, "grid_error": gap})
     columns = [*GROUP, "learning_rate", "best_rate", "grid_error"]
     return pd.DataFrame(best_rows, columns=columns).astype({name: rows[name].dtype for name in columns[:-2]})

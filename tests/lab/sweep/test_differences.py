@@ -14,7 +14,7 @@ from rora_theory.errors import InputError
 from rora_theory.lab.sweep import differences, results
 from rora_theory.lab.sweep.differences import COLUMNS
 from rora_theory.runs import frames
-from rora_theory.stats.rate_optimum import grid_gap
+from rora_theory.stats.rate_optimum import grid_gaps
 
 TOKENS, ANSWER_TOKENS = [10, 20, 30], [1, 2, 1]
 METHODS = {"b": "base", "l": "lora", "r": "rora", "d": "dora", "s": "series"}
@@ -138,7 +138,9 @@ def test_the_grid_error_is_the_larger_bound_of_the_two_methods(tmp_path):
             values = {"method": method, "validation_loss": loss, "best_rate": mark, "status": status}
             rows.append(row(key, rate=rate, **values))
     compared = compare(rows, tmp_path)
-    bounds = {method: grid_gap(np.array(rates), np.array(curves[method])) for method in ("lora", "rora", "wide")}
+    methods = ("lora", "rora", "wide")
+    gaps = grid_gaps(np.array(rates), np.array([curves[method] for method in methods]))
+    bounds = dict(zip(methods, gaps.tolist(), strict=True))
     assert bounds["wide"] > bounds["lora"] > bounds["rora"] > 0
     expected = {"rora": bounds["lora"], "wide": bounds["wide"], "dora": None, "quarter": None}
     errors = {method: select(compared, method, "lora", "best").grid_error for method in expected}
