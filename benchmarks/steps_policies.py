@@ -19,6 +19,7 @@ The advice has the p of the way whose regret, averaged over the models left out,
   and how many of their regrets are lower bounds. ``all models`` is the mean over the models.
 - ``exponents.csv`` has each model's own p of the lowest regret, the mean exponent of its best rates, and the p of every
   way with all models, by the estimator of a best rate.
+- ``summary.csv`` has a row for each model: the exponent of its best rates, and the mean regret of each policy.
 - ``coverage.csv`` has the share of each model's pairs in the 90% range that the other models give.
 - ``scan.csv`` has the mean regret of each model by p.
 
@@ -218,6 +219,15 @@ def judged(pairs: Pairs, scanned: pd.DataFrame, own: pd.DataFrame) -> pd.DataFra
     return pd.concat([frame, by_model, total(by_model, ["policy"]).assign(model="all models", runs="all")])
 
 
+def summarise(policies: pd.DataFrame, own: pd.DataFrame) -> pd.DataFrame:
+    """Return the exponent of each model's best rates beside the mean regret of every policy."""
+    over_runs = policies[policies["runs"] == "all"]
+    table = over_runs.pivot(index="model", columns="policy", values="mean")
+    table.insert(0, "exponent", own[own["way"] == "mean exponent"].set_index("model")["power"])
+    table.insert(1, "pairs", over_runs.groupby("model")["pairs"].first())
+    return table.loc[over_runs["model"].unique()].reset_index()
+
+
 def spread_over_models(own: pd.DataFrame, power: float) -> float:
     """Return the root mean square distance of the models' mean exponents from a power, which is one fitted value."""
     distances = own[own["way"] == "mean exponent"]["power"] - power
@@ -263,7 +273,7 @@ def main() -> None:
         exponents.append(pd.concat([own, fitted]).assign(estimator=name))
     # The tables of regret have the tuned rates of a user, who has no more than the lowest losses.
     policies = judged(pairs, scanned, own)
-    tables = {"scan": scanned, "policies": policies}
+    tables = {"scan": scanned, "policies": policies, "summary": summarise(policies, own)}
     tables["coverage"] = coverage(pairs, scanned, own, chosen_way(policies))
     tables["exponents"] = pd.concat(exponents)
     for name, frame in tables.items():

@@ -45,7 +45,8 @@ class TuneOptions:
     schedule: Schedule = "cosine"
     """Learning-rate schedule of the planned run"""
     family: str | None = None
-    """Family of the model in the public sweeps, such as Qwen3; by default another"""
+    """Family in the public sweeps: DeepSeek, gpt-oss, Kimi, Llama 3, Nemotron 3, Qwen3, or Qwen3.5 and 3.6; by default
+    another"""
     targets: tuple[str, ...] = PAPER_TARGETS
     """Adapted modules, for the printed LoraConfig"""
 

@@ -10,6 +10,7 @@ import pytest
 from support import checkpoint, commands, gguf_files
 
 from rora_theory.advice.best_rate import Run
+from rora_theory.evidence import starting_rates
 from rora_theory.evidence.rate_prior import rate_prior
 from rora_theory.lab import llama
 from rora_theory.lab.llama.weights import expected_shapes
@@ -21,6 +22,12 @@ BILLIONS = llama.count_parameters(checkpoint.CONFIG) / 1e9
 
 def answer(*words: object) -> dict[str, Any]:
     return json.loads(commands.output(commands.run_command(sim.main, *words, "--json")))
+
+
+def test_the_help_names_every_family() -> None:
+    """A name that is not one of them is refused."""
+    text = " ".join(commands.run_command(sim.main, "--help").out.split())
+    assert all(family in text for family in starting_rates.families())
 
 
 @pytest.mark.parametrize(("rule", "gain"), [("lora", 8.0), ("rora", 32.0)])
