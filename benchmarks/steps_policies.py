@@ -15,6 +15,11 @@ Three ways to choose p are compared, each without the model on which it is judge
 
 The advice has the p of the way whose regret, averaged over the models left out, is lowest.
 
+Why the exponents differ is tested by a loss of two terms, L = L0 + a (eta T)^-s + b eta: what is left to learn falls as
+a power of the distance travelled, and the noise of the steps grows with the rate. Its best rate falls as
+T^(-s / (1 + s)), and s follows from the losses of one rate after three numbers of steps.
+
+- ``two_terms.csv`` has this exponent beside that of the best rates, from the same runs at a constant rate.
 - ``policies.csv`` has a row for each model, set of runs and policy: mean and largest regret in nats per token, pairs,
   and how many of their regrets are lower bounds. ``all models`` is the mean over the models.
 - ``exponents.csv`` has each model's own p of the lowest regret, the mean exponent of its best rates, and the p of every
@@ -33,6 +38,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gain_laws
 import numpy as np
@@ -137,19 +143,27 @@ def seed_curves(design: str, folder: Path) -> Curves:
     }
 
 
-def seeded_pairs(design: str, best_rate: BestRate, most_steps: Mapping[int, int] | None = None) -> list[StepsPair]:
-    """Return the pairs of every seed of a published grid, up to the most steps that a seed may have."""
+def seeds_of(design: str, most_steps: Mapping[int, int] | None = None) -> list[Curves]:
+    """Return the curves of every seed of a published grid, up to the most steps that a seed may have."""
     folders = {"small": "small_models", "medium": "medium_model"}
-    pairs: list[StepsPair] = []
+    seeds = []
     for folder in sorted((PUBLISHED / folders.get(design, design)).glob("seed_*")):
         most = (most_steps or {}).get(int(folder.name.split("_")[1]), math.inf)
-        curves = {key: curve for key, curve in seed_curves(design, folder).items() if key[1] <= most}
-        pairs += pairs_of(curves, best_rate)
-    return pairs
+        seeds.append({key: curve for key, curve in seed_curves(design, folder).items() if key[1] <= most})
+    return seeds
+
+
+# The later seeds at 16,384 steps are tests.
+LONG_SEEDS = {1: 4096, 2: 4096}
+"""Most steps of the seeds of ``small_long`` that count."""
 
 
 def all_pairs(best_rate: BestRate) -> Pairs:
     """Return the pairs from which the exponent is chosen."""
+
+    def over_seeds(seeds: list[Curves]) -> list[StepsPair]:
+        return [pair for curves in seeds for pair in pairs_of(curves, best_rate)]
+
     return {
         "SmolLM2-135M": {
             "constant": list(pairs_of(folder_curves("horizon", (64, 256)), best_rate)),
@@ -157,12 +171,48 @@ def all_pairs(best_rate: BestRate) -> Pairs:
         },
         "Gemma 3 270M": {"cosine": list(pairs_of(folder_curves("horizon_gemma_cosine", (256, 1024)), best_rate))},
         "small model": {
-            "to 1,024 steps": seeded_pairs("small", best_rate),
-            # The later seeds at 16,384 steps are tests.
-            "to 16,384 steps": seeded_pairs("small_long", best_rate, {1: 4096, 2: 4096}),
+            "to 1,024 steps": over_seeds(seeds_of("small")),
+            "to 16,384 steps": over_seeds(seeds_of("small_long", LONG_SEEDS)),
         },
-        "second small model": {"to 1,024 steps": seeded_pairs("medium", best_rate)},
+        "second small model": {"to 1,024 steps": over_seeds(seeds_of("medium"))},
     }
+
+
+def two_term_rows(model: str, curves: Curves) -> Iterator[dict[str, Any]]:
+    """Yield the exponent of the two terms beside that of the best rates, for three numbers of steps in equal ratios.
+
+    The losses are those of the measured rate nearest to the best one after the most steps, and their means over seeds.
+    """
+    by_setting: dict[object, dict[int, Curve]] = {}
+    for (setting, steps), curve in curves.items():
+        by_setting.setdefault(setting, {})[steps] = curve
+    for setting, readings in by_setting.items():
+        steps = sorted(readings)
+        for window in zip(steps, steps[1:], steps[2:], strict=False):
+            first, middle, last = (readings[step] for step in window)
+            shared = [rate for rate in last.rates if all(np.isclose(readings[s].rates, rate).any() for s in window)]
+            if first.edge or middle.edge or last.edge or not shared:
+                continue
+            rate = shared[int(np.argmin(np.abs(np.log(np.array(shared) / last.best_rate))))]
+            before, between, after = (
+                float(curve.losses[:, np.isclose(curve.rates, rate)].mean()) for curve in (first, middle, last)
+            )
+            fall = math.log((before - between) / (between - after)) / math.log(window[1] / window[0])
+            measured = math.log(last.best_rate / first.best_rate) / math.log(window[2] / window[0])
+            row = {"model": model, "setting": str(setting), "from_steps": window[0], "to_steps": window[2]}
+            yield row | {"fall": fall, "two_terms": -fall / (1 + fall), "measured": measured}
+
+
+def two_terms() -> pd.DataFrame:
+    """Return the mean exponents over settings and seeds, by model and numbers of steps."""
+    runs = {"SmolLM2-135M": [folder_curves("horizon", (16, 64, 256))]}
+    runs |= {"small model": seeds_of("small"), "small model, longer runs": seeds_of("small_long", LONG_SEEDS)}
+    runs |= {"second small model": seeds_of("medium")}
+    rows = [row for model, seeds in runs.items() for curves in seeds for row in two_term_rows(model, curves)]
+    columns = ["model", "from_steps", "to_steps"]
+    by = pd.DataFrame(rows).groupby(columns, sort=False)
+    table = by[["fall", "two_terms", "measured"]].mean()
+    return table.assign(curves=by.size()).reset_index().sort_values(columns)
 
 
 def mean_regret(sets: Mapping[str, list[StepsPair]], power: float) -> float:
@@ -274,6 +324,7 @@ def main() -> None:
     # The tables of regret have the tuned rates of a user, who has no more than the lowest losses.
     policies = judged(pairs, scanned, own)
     tables = {"scan": scanned, "policies": policies, "summary": summarise(policies, own)}
+    tables["two_terms"] = two_terms()
     tables["coverage"] = coverage(pairs, scanned, own, chosen_way(policies))
     tables["exponents"] = pd.concat(exponents)
     for name, frame in tables.items():

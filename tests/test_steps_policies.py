@@ -115,3 +115,18 @@ def test_the_published_regrets_come_from_the_published_runs(steps):
             pytest.approx(np.mean(costs), abs=1e-9),
             pytest.approx(max(costs), abs=1e-9),
         )
+
+
+@pytest.mark.parametrize(("power", "exponent"), [(1.0, -0.5), (0.25, -0.2)])
+def test_a_loss_of_two_terms_has_the_exponent_that_one_rate_gives(steps, power, exponent):
+    """L = 1 + (eta T)^-s / 5 + 20 eta on a dense grid: s is that of the formula, and the best rates fall as it says."""
+    rates = 2.0 ** np.arange(-12, 0, 0.25)
+    curves = {}
+    for number in (16, 64, 256):
+        losses = 1 + (rates * number) ** -power / 5 + 20 * rates
+        curves["a", number] = Curve("adamw", "both", "lora", 1.0, 8, 4.0, rates, losses[None], seeds=(0,))
+    (row,) = steps.two_term_rows("model", curves)
+    assert (row["from_steps"], row["to_steps"]) == (16, 256)
+    assert row["fall"] == pytest.approx(power, rel=1e-9)
+    assert row["two_terms"] == pytest.approx(exponent, rel=1e-9)
+    assert row["measured"] == pytest.approx(exponent, abs=0.02)
