@@ -197,6 +197,8 @@ def two_term_rows(model: str, curves: Curves) -> Iterator[dict[str, Any]]:
             before, between, after = (
                 float(curve.losses[:, np.isclose(curve.rates, rate)].mean()) for curve in (first, middle, last)
             )
+            if not before > between > after:
+                continue
             fall = math.log((before - between) / (between - after)) / math.log(window[1] / window[0])
             measured = math.log(last.best_rate / first.best_rate) / math.log(window[2] / window[0])
             row = {"model": model, "setting": str(setting), "from_steps": window[0], "to_steps": window[2]}
