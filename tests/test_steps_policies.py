@@ -96,6 +96,8 @@ def test_the_published_exponent_is_the_chosen_one_with_the_extremes_of_its_model
     own = table["mean exponent"].drop("all models")
     assert constant.spread == pytest.approx(math.sqrt(((own - constant.value) ** 2).sum() / 3))
     assert [EVIDENCE[f"steps_{name}"]["power"] for name in ("steepest", "flattest")] == [own.min(), own.max()]
+    # As the sentence of the advice says.
+    assert set(own.nsmallest(2).index) == {"SmolLM2-135M", "Gemma 3 270M"}
 
 
 def test_the_published_regrets_come_from_the_published_runs(steps):

@@ -114,10 +114,10 @@ def _describe_cost(advice: TransferredSetting) -> list[str]:
     if "steps" in advice.run.changed:
         keep, advised = EVIDENCE["steps_keep"], EVIDENCE["steps_advice"]
         sentences.append(
-            f"In four models of 1 to 270 million weights ({keep['pairs']} pairs, to 1,024 steps and in one model to "
-            f"16,384), keeping the rate for more steps cost {keep['mean']:.3f} nats per token on average and "
-            f"{keep['largest']:.2f} at most; this law, fitted to the other three models, {advised['mean']:.3f} and "
-            f"{advised['largest']:.3f}."
+            f"In {keep['pairs']} pairs of runs of four models (1 to 270 million weights; to 1,024 steps, the smallest "
+            f"to 16,384), keeping the rate for more steps cost {keep['mean']:.3f} nats per token on average and at "
+            f"most {keep['largest']:.2f} in a pair; this law, fitted to the other three models, "
+            f"{advised['mean']:.3f} and {advised['largest']:.3f}."
         )
     if "batch_size" in advice.run.changed:
         keep, advised = EVIDENCE["batch_keep"], EVIDENCE["batch_advice"]
@@ -174,7 +174,7 @@ def _describe_law(advice: TransferredSetting) -> list[str]:
         steepest, flattest = (EVIDENCE[f"steps_{name}"]["power"] for name in ("steepest", "flattest"))
         sentences.append(
             f"The best rate changes as steps^{CONSTANTS['steps_exponent'].value:.2f}; in single models the exponent "
-            f"was {steepest:.2f} to {flattest:.2f}."
+            f"was {steepest:.2f} to {flattest:.2f}, steeper in the two larger ones."
         )
     if "batch_size" in run.changed:
         power = CONSTANTS["batch_exponent"]

@@ -232,7 +232,8 @@ class TransferredSetting:
         phrases = [
             _describe_outside("rank", (self.old.rank, self.unchanged.rank), MEASURED_RANKS),
             _describe_outside("scaling times rank", (self.old.gain, self.setting.gain), MEASURED_GAINS),
-            _describe_outside("steps", (run.steps, run.to_steps), MEASURED_STEPS),
+            # One model, the smallest, was also run for longer.
+            _describe_outside("steps", (run.steps, run.to_steps), MEASURED_STEPS, "measured in several models"),
         ]
         return tuple(phrase for phrase in phrases if phrase)
 
@@ -246,7 +247,9 @@ def uses_displacement_law(setting: Setting) -> bool:
     return FAMILY[setting.optimizer] == "adam" and setting.init == "kaiming_uniform"
 
 
-def _describe_outside(label: str, values: Sequence[float | None], limits: tuple[float, float]) -> str:
+def _describe_outside(
+    label: str, values: Sequence[float | None], limits: tuple[float, float], evidence: str = "measured"
+) -> str:
     """Name the values outside a measured range in a phrase, empty if there are none. None is an unknown value."""
     low, high = limits
     margin = 1e-3  # published gains are rounded to integers
@@ -256,4 +259,4 @@ def _describe_outside(label: str, values: Sequence[float | None], limits: tuple[
         return ""
     # Values that print alike are listed once.
     numbers = " and ".join(dict.fromkeys(f"{value:.6g}" for value in outside_values))
-    return f"{label} {numbers} (measured: {low:.4g} to {high:.4g})"
+    return f"{label} {numbers} ({evidence}: {low:.4g} to {high:.4g})"

@@ -390,10 +390,11 @@ def test_the_cost_is_the_published_regret() -> None:
     longer = transfer(old, 16, steps=64, to_steps=256).sentence()
     larger = transfer(old, 16, batch_size=4, to_batch_size=64).sentence()
     of_steps = [f"{EVIDENCE[name]['mean']:.3f}" for name in ("steps_keep", "steps_advice")]
-    of_steps += [f"{EVIDENCE['steps_keep']['largest']:.2f} at most", f"{EVIDENCE['steps_advice']['largest']:.3f}."]
+    of_steps += [f"{EVIDENCE['steps_keep']['largest']:.2f} in a pair", f"{EVIDENCE['steps_advice']['largest']:.3f}."]
     of_steps += [f"{EVIDENCE[f'steps_{name}']['power']:.2f}" for name in ("steepest", "flattest")]
     of_batch = [f"{EVIDENCE['batch_keep']['regret']:.3f} nats", f"{EVIDENCE['batch_advice']['regret']:.4f}"]
     assert all(number in longer for number in of_steps)
+    assert "steeper in the two larger ones" in longer
     assert all(number in larger for number in of_batch)
     assert of_steps[0] not in larger
     assert of_batch[0] not in longer

@@ -36,7 +36,7 @@ ORIGINS: Mapping[str, str] = {
     "G^-0.75": "the power was chosen after the runs of SmolLM2-135M",
     "displacement": "K of the runs that are judged",
     "displacement and steps": "K of the runs that are judged; the power -1/2 of the steps is that of a random walk",
-    "advice": "K and powers of our three models; the rank's power of 14 public models",
+    "advice": "K of three of our models and the steps' power of four; the rank's power of 14 public models",
     "constant gradient": "crossing distance of the model's first step",
 }
 """Where the constants of each policy come from."""
