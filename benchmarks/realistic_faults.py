@@ -528,9 +528,9 @@ SWEEP_FAULTS = [
         "the error of a regret is that of another reference than its value",
     ),
     Fault(
-        "rora_theory/stats/regret.py",
-        "curve = scipy.interpolate.PchipInterpolator(x[usable], np.log(losses[:, usable]), axis=1)",
-        "curve = scipy.interpolate.CubicSpline(x[usable], np.log(losses[:, usable]), axis=1)",
+        "rora_theory/stats/rate_curves.py",
+        "return usable, scipy.interpolate.PchipInterpolator(x, y, axis=1)",
+        "return usable, scipy.interpolate.CubicSpline(x, y, axis=1)",
         "a regret between two rates may be negative",
     ),
     Fault(

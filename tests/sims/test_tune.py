@@ -24,7 +24,7 @@ def answer(*words: object) -> dict[str, Any]:
     return json.loads(commands.output(commands.run_command(sim.main, *words, "--json")))
 
 
-def test_the_help_names_every_family() -> None:
+def test_the_help_names_all_families() -> None:
     """A name that is not one of them is refused."""
     text = " ".join(commands.run_command(sim.main, "--help").out.split())
     assert all(family in text for family in starting_rates.families())
