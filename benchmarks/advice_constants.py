@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from gain_policies import FITTED_SEEDS
 from scipy.optimize import minimize
 from steps_policies import chosen_way, spread_over_models
 
@@ -110,9 +111,10 @@ def our_best_rates() -> list[BestRate]:
         ]
     for folder, model in OURS_BY_SEED.items():
         table = pd.read_csv(PUBLISHED / folder / "best.csv").query("estimator == 'three points'")
-        # Runs of the larger models under cosine decay came later: they are tests, as in `gain_policies`.
+        # Later runs of the larger models, those under cosine decay among them, are tests as in `gain_policies`.
         if folder.startswith("gain_seeds"):
-            table = table[table["schedule"] == "constant"]
+            seeds = FITTED_SEEDS[Path(folder).name]
+            table = table[(table["schedule"] == "constant") & table["seed"].isin(seeds)]
         # Readings on the way are of the same runs.
         inside = table[table["edge"].isna() & (table["steps"] == table.groupby("schedule")["steps"].transform("max"))]
         logs = np.log(inside["best_rate"]).groupby([inside[name] for name in ("rank", "gain", "steps", "schedule")])

@@ -13,8 +13,8 @@ rates inside their grids. The tuned rate is that of the first setting.
 Which law the advice has was fixed before the runs of SmolLM2 and Gemma in ``gain_seeds``: the displacement law if, with
 constants of other models, its mean regret is the lower one over all models and in at least half of them; otherwise the
 power of G, which is simpler. The constant is the mean over the models of our runs until then: with that of the public
-model, as the rule first said, that model would no longer be a test. Runs that came later, of the second small model and
-of SmolLM2 under cosine decay, are tests too.
+model, as the rule first said, that model would no longer be a test. Runs that came later, of the second small model,
+of SmolLM2 under cosine decay and of Gemma's seeds after the first, are tests too.
 
 - ``policies.csv`` has a row for each model and law: mean, median and largest regret in nats per token, the number of
   pairs, and the constant. ``all models`` is the mean over the models.
@@ -51,6 +51,9 @@ CONSTANTS_K = np.geomspace(5, 500, 41)
 
 WITHOUT_CONSTANT = {"keep the rate": 0.0, "square root": 0.5, "G^-0.75": 0.75, "first step": 1.0}
 """Powers that were not fitted, by name."""
+
+FITTED_SEEDS: Mapping[str, tuple[int, ...]] = {"smollm2": (0, 1, 2), "gemma": (0,)}
+"""Seeds in ``gain_seeds`` that existed when the constants were fitted; later ones are tests."""
 
 OUR_MODELS = ("small model", "SmolLM2-135M", "Gemma 3 270M")
 """Models of our runs, from which the K of the advice comes."""
@@ -97,10 +100,12 @@ def published_pairs(folder: str, steps: Iterable[int]) -> list[Pair]:
 
 
 def seeded_pairs(design: str, schedule: str, folder: Path) -> list[Pair]:
-    """Return the pairs of each seed of a grid of `gain_grid`, at the last number of steps."""
+    """Return the pairs of each fitted seed of a grid of `gain_grid`, at the last number of steps."""
     pairs = []
-    for seed in sorted(folder.glob("seed_*")):
-        curves = gain_laws.read_curves(seed, DESIGNS[design])
+    for seed in DESIGNS[design].seeds:
+        if seed not in FITTED_SEEDS.get(design, DESIGNS[design].seeds):
+            continue
+        curves = gain_laws.read_curves(folder / f"seed_{seed}", DESIGNS[design])
         last = DESIGNS[design].steps(schedule)
         pairs += pairs_of(curve for key, curve in curves.items() if (key.schedule, key.steps) == (schedule, last))
     return pairs

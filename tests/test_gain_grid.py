@@ -201,3 +201,14 @@ def test_the_constants_of_the_advice_come_from_the_runs_that_their_coverage_coun
     counts = pd.Series([pair.model for pair in pairs if not script.is_at_one_gain(pair)]).value_counts()
     published = pd.read_csv(script.PUBLISHED / "constants" / "coverage.csv").query("judged_by == 'own spread'")
     assert counts.to_dict() == published.set_index("model")["pairs"].to_dict()
+
+
+def test_later_seeds_are_no_part_of_the_constants():
+    constants, policies = (importlib.import_module(name) for name in ("advice_constants", "gain_policies"))
+    folder = policies.PUBLISHED / "gain_seeds" / "gemma"
+    best = pd.read_csv(folder / "best.csv").query("estimator == 'three points' and seed == 0").set_index("gain")
+    ours = {rate.gain: rate.log_rate for rate in constants.our_best_rates() if rate.model == "Gemma 3 270M"}
+    for gain in (4.0, 2048.0):
+        assert ours[gain] == pytest.approx(math.log(best.loc[gain, "best_rate"]), rel=1e-12)
+    # All ordered pairs of the four G of one seed.
+    assert len(policies.seeded_pairs("gemma", "constant", folder)) == 4 * 3
