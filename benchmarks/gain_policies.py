@@ -33,7 +33,7 @@ import gain_laws
 import numpy as np
 import pandas as pd
 from gain_grid import DESIGNS, SCHEDULES
-from sweep_folders import read_curves
+from sweep_folders import read_curves, regret_at
 
 from rora_theory.advice.constants import CONSTANTS
 from rora_theory.evidence.policies import RateFactor, displacement_law, power_of_gain, with_rank
@@ -80,8 +80,7 @@ class Pair:
     def regret(self, law: RateFactor) -> float:
         """Return the regret of a law at the second setting, in nats per token."""
         rate = self.tuned_rate * law(self.old_rank, self.old_gain, self.curve.rank, self.curve.gain)
-        losses, _ = self.curve.losses_at(np.array([rate]))
-        return float(losses.mean() - self.curve.losses.mean(axis=0).min())
+        return regret_at(self.curve, rate)[0]
 
 
 def pairs_of(curves: Iterable[Curve]) -> list[Pair]:
@@ -100,11 +99,9 @@ def published_pairs(folder: str, steps: Iterable[int]) -> list[Pair]:
 
 
 def seeded_pairs(design: str, schedule: str, folder: Path) -> list[Pair]:
-    """Return the pairs of each fitted seed of a grid of `gain_grid`, at the last number of steps."""
+    """Return the pairs of each seed of a grid of `gain_grid` that counts, at the last number of steps."""
     pairs = []
-    for seed in DESIGNS[design].seeds:
-        if seed not in FITTED_SEEDS.get(design, DESIGNS[design].seeds):
-            continue
+    for seed in FITTED_SEEDS.get(design, DESIGNS[design].seeds):
         curves = gain_laws.read_curves(folder / f"seed_{seed}", DESIGNS[design])
         last = DESIGNS[design].steps(schedule)
         pairs += pairs_of(curve for key, curve in curves.items() if (key.schedule, key.steps) == (schedule, last))

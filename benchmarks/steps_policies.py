@@ -44,7 +44,7 @@ import gain_laws
 import numpy as np
 import pandas as pd
 from gain_grid import DESIGNS
-from sweep_folders import read_curves
+from sweep_folders import read_curves, regret_at
 
 from rora_theory.advice.best_rate import QUANTILE
 from rora_theory.advice.constants import CONSTANTS
@@ -90,8 +90,7 @@ class StepsPair:
 
     def regret(self, power: float) -> tuple[float, bool]:
         """Return the regret of a power of the number of steps in nats per token, and whether it is a lower bound."""
-        losses, is_bound = self.curve.losses_at(np.array([self.rate * self.growth**power]))
-        return float(losses.mean() - self.curve.losses.mean(axis=0).min()), bool(is_bound[0])
+        return regret_at(self.curve, self.rate * self.growth**power)
 
 
 Pairs = Mapping[str, Mapping[str, list[StepsPair]]]
@@ -153,9 +152,8 @@ def seeds_of(design: str, most_steps: Mapping[int, int] | None = None) -> list[C
     return seeds
 
 
-# The later seeds at 16,384 steps are tests.
 LONG_SEEDS = {1: 4096, 2: 4096}
-"""Most steps of the seeds of ``small_long`` that count."""
+"""Most steps of the seeds of ``small_long`` that count: what they run for longer are tests."""
 
 
 def all_pairs(best_rate: BestRate) -> Pairs:
