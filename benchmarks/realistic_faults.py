@@ -665,8 +665,8 @@ TUNING_FAULTS = [
     ),
     Fault(
         TUNE_COMMAND,
-        "config.revision, config_only=True)",
-        "config.revision)",
+        "revision, config_only=True)",
+        "revision)",
         "the weights of a hub id are downloaded for its configuration",
     ),
 ]

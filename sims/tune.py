@@ -12,6 +12,7 @@ from typing import Any
 from rora_theory.advice.adapter_config import PAPER_TARGETS, peft_targets
 from rora_theory.advice.best_rate import Run
 from rora_theory.defaults import TRAIN_BATCH_SIZE
+from rora_theory.errors import InputError
 from rora_theory.evidence.rate_prior import ExpectedRate, expected_rate
 from rora_theory.optimizers import Schedule
 from rora_theory.scaling import Rule, scaling_factor
@@ -28,10 +29,10 @@ class TuneOptions:
       InputError: If a value is out of range.
     """
 
-    model: cli.ModelName = "smollm2-135m"
+    model: cli.OptionalModelName = None
     revision: cli.Revision = None
     parameters: Positive | None = None
-    """Number of parameters in billions, for any model; none is then read"""
+    """Number of parameters in billions, in place of a model"""
     rank: Count = 128
     """Rank of the planned run"""
     alpha: Positive = 16.0
@@ -53,9 +54,11 @@ class TuneOptions:
     def __post_init__(self) -> None:
         check_ranges(self)
         check_list("targets", self.targets)
+        _ = self.gain  # validates the rule
         if self.parameters is not None:
             check_unread(self, "model", "revision", conflicts_with="--parameters")
-        _ = self.gain  # validates the rule
+        elif self.model is None:
+            raise InputError("model is needed, because the rate depends on its size. Add --model or --parameters.")
 
     @property
     def gain(self) -> float:
@@ -74,7 +77,9 @@ class TuneOptions:
 
 def tune_rate(config: TuneOptions) -> None:
     """Print the learning rate, PEFT's entries and the assumptions."""
-    parameters = read_parameters(config) if config.parameters is None else config.parameters
+    parameters = config.parameters
+    if config.model is not None:
+        parameters = read_parameters(config.model, config.revision, config.targets)
     run = Run(config.rank, config.gain, config.steps, config.schedule, config.batch_size)
     entries = config.peft_entries()
     expected = expected_rate(run, config=entries, family=config.family, parameters=parameters)
@@ -85,17 +90,17 @@ def tune_rate(config: TuneOptions) -> None:
         tables.print_text(f"- {sentence}")
 
 
-def read_parameters(config: TuneOptions) -> float:
-    """Return the number of parameters of the model in billions, from its configuration.
+def read_parameters(name: str, revision: str | None, modules: tuple[str, ...]) -> float:
+    """Return the number of parameters of a model in billions, from its configuration.
 
     Raises:
-      InputError: If there is no such model, or if it lacks one of the targets.
+      InputError: If there is no such model, or if it lacks one of the modules.
     """
     from rora_theory.lab import llama
     from rora_theory.lab.adapters import targets
 
-    model_config = llama.model_config(llama.locate(config.model, config.revision, config_only=True))
-    targets.matched(model_config, config.targets, None)
+    model_config = llama.model_config(llama.locate(name, revision, config_only=True))
+    targets.matched(model_config, modules, None)
     return llama.count_parameters(model_config) / 1e9
 
 

@@ -41,7 +41,7 @@ JAX_OPTIONS = "lab/finetune/test_distributed.py::test_options_are_those_of_jax"
 MODEL = {"model": ("smollm2-135m", CONTENT), "revision": (None, BRANCH), "out": (None, REACHES)}
 OPTIONS: dict[type, dict[str, tuple[Any, str]]] = {
     TuneOptions: {
-        "model": ("smollm2-135m", "sims/test_tune.py::test_the_configuration_alone_is_read"),
+        "model": (None, "sims/test_tune.py::test_the_configuration_alone_is_read"),
         "revision": (None, "sims/test_tune.py::test_the_configuration_alone_is_read"),
         "parameters": (None, "sims/test_tune.py::test_a_number_of_parameters_stands_for_a_model"),
         **{

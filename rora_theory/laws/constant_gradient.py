@@ -288,12 +288,13 @@ class RowSigns:
 
     def _terms(self, u: Float[np.ndarray, "tokens rows"], v: Float[np.ndarray, "tokens rows"]) -> RowTerms:
         tokens, rows = u.shape
-        # Sums over tokens of the products uu, uv and vv of every two rows, [rows, rows], and their weights S^T S.
         u, v, gram = (np.asarray(matrix, np.float64) for matrix in (u, v, self.gram))
-        products = [self.multiply(first.T, second) for first, second in ((u, u), (u, v), (v, v))]
-        # Sum over outputs of (S u) (S v) by the Gram matrix of S, without forming S u.
-        pair_sums = [float(np.sum(gram * product)) for product in products]
-        total = [float(np.sum(self.moving_outputs * np.diagonal(product))) / rows for product in products]
+        # Sums over outputs of (S u) (S u), (S u) (S v) and (S v) (S v) by the Gram matrix of S, without forming S u.
+        u_gram, v_gram = self.multiply(u, gram), self.multiply(v, gram)
+        pair_sums = [float(np.sum(left * right)) for left, right in ((u_gram, u), (u_gram, v), (v_gram, v))]
+        # The same of each row with itself.
+        by_row = [np.sum(left * right, axis=0) for left, right in ((u, u), (u, v), (v, v))]
+        total = [float(np.sum(self.moving_outputs * products)) / rows for products in by_row]
         # Without the pairs of a row with itself, the mean over pairs estimates E[q_i]^2 without bias.
         pairs = rows * (rows - 1.0)
         coherent = [(all_pairs - same_row * rows) / pairs for all_pairs, same_row in zip(pair_sums, total, strict=True)]

@@ -33,9 +33,9 @@ Data = Annotated[
         "a split, FOLDER:train or hf://datasets/OWNER/NAME:train"
     ),
 ]
-ModelName = Annotated[
-    str, arg(help="Model: a folder in Hugging Face layout, a .gguf file, a hub id or a built-in name")
-]
+_model_help = arg(help="Model: a folder in Hugging Face layout, a .gguf file, a hub id or a built-in name")
+ModelName = Annotated[str, _model_help]
+OptionalModelName = Annotated[str | None, _model_help]
 Revision = Annotated[str | None, arg(help="Branch, tag or commit of a model on the hub")]
 Out = Annotated[Path | None, arg(help="Run folder; by default results/COMMAND/ID, with an ID derived from the options")]
 

@@ -101,7 +101,7 @@ def test_the_python_of_the_how_to_page(tmp_path, capsys) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of transformers and peft
 def test_tuned_and_trained(tmp_path, monkeypatch, capsys) -> None:
-    """The script of the first page, as it stands but for the model's name, on the chats that it names."""
+    """The script of the first page, as it stands but for the model's name, on a tenth of the chats that it names."""
     for package in ("torch", "peft", "transformers", "accelerate"):
         pytest.importorskip(package, reason="the extra torch")
     from support import torch_chats, torch_models
@@ -111,18 +111,18 @@ def test_tuned_and_trained(tmp_path, monkeypatch, capsys) -> None:
     tokenizer.save_pretrained(tmp_path / "base")
     torch_models.model("qwen2").save_pretrained(tmp_path / "base")
     count = int(re.search(r"and (\d+) chats, which are 240 steps", (ROOT / "docs" / "index.md").read_text())[1])
-    write_chats(tmp_path / "chats.jsonl", count)
+    write_chats(tmp_path / "chats.jsonl", count // 10)
     monkeypatch.chdir(tmp_path)
     name = 'MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"\n'
     assert name in code
     names: dict = {}
     exec(code.replace(name, 'MODEL = "base"\n'), names)
-    assert names["steps"] == 240
-    assert "Train 240 steps at learning rate" in capsys.readouterr().out
+    assert names["steps"] == 24
+    assert "Train 24 steps at learning rate" in capsys.readouterr().out
     saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (saved["r"], saved["lora_alpha"]) == (128, 32)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size > 0
-    assert names["trainer"].state.global_step == 240
+    assert names["trainer"].state.global_step == 24
 
 
 @pytest.mark.slow

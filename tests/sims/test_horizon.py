@@ -12,7 +12,7 @@ from rora_theory.runs.reading import CELLS
 from sims import sweep as sim
 
 CONFIG = Path(__file__).parents[2] / "configs" / "horizon.yaml"
-ARGUMENTS = "--ranks 2 --read-at 1 2 --train-records 12 --held-out 6 --cutoff 400 --warmup 0"
+ARGUMENTS = "--ranks 2 --read-at 1 2 --train-records 12 --held-out 6 --cutoff 400 --warmup 0 --widths 1"
 FULL_LRS = [1e-4, 1e-3, 1e-2]
 
 

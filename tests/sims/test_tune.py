@@ -94,8 +94,10 @@ def test_a_number_of_parameters_stands_for_a_model(model) -> None:
         ("--rank 0", "--rank .* 0"),
         ("--parameters 0", "--parameters .* 0"),
         ("--parameters 8 --model nowhere", "--model nowhere .*--parameters"),
+        ("--parameters 8 --model smollm2-135m", "--model smollm2-135m .*--parameters"),
+        ("", "--model .*--parameters"),
     ],
 )
 def test_bad_input_is_one_line(words, named, model) -> None:
-    words = words if "--model" in words or "--parameters" in words else f"--model {model} {words}"
+    words = words if not words or "--model" in words or "--parameters" in words else f"--model {model} {words}"
     assert re.search(named, commands.refusal(commands.run_command(sim.main, words)))

@@ -1,7 +1,8 @@
 """Run-time type checks of all tests: shapes by jaxtyping, types by beartype, int accepted for float (PEP 484).
 
 jaxtyping's wrapper compares the shapes of several arguments, which takes time. A function without array annotations
-has no shapes to compare, so beartype alone checks its types. The wrapper is created at the first call.
+has no shapes to compare, so beartype alone checks its types. The wrapper is created at the first call. Functions inside
+other functions are not checked.
 """
 
 import contextlib
@@ -33,6 +34,9 @@ def jaxtyped(fn: Any = None, *, typechecker: Any) -> Any:
         return type(fn)(jaxtyped(fn.__func__, typechecker=typechecker))
     if not inspect.isfunction(fn):
         return _with_shapes(fn, typechecker=typechecker)
+    # A function inside another one is a new object at each call of the outer one, and would get new checks each time.
+    if "<locals>" in fn.__qualname__:
+        return fn
     has_array = any(map(_has_array, fn.__annotations__.values()))
     if has_array:
         return _checked(fn, functools.partial(_with_shapes, typechecker=typechecker))

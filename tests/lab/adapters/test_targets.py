@@ -33,7 +33,7 @@ def test_all_linear_may_be_the_only_word_of_a_list(config) -> None:
     assert tuple(ranks(config, target_modules=words)) == MODULES
     assert LoraConfig(4, 8.0, target_modules=words) == LoraConfig(4, 8.0, target_modules="all-linear")
     assert FullConfig(words).table(config) == FullConfig(MODULES).table(config)
-    assert TuneOptions(targets=words).peft_entries()["target_modules"] == "all-linear"
+    assert TuneOptions(parameters=1.0, targets=words).peft_entries()["target_modules"] == "all-linear"
     with pytest.raises(InputError, match="'all-linear'"):
         ranks(config, target_modules=["q_proj", "all-linear"])
 
