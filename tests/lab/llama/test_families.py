@@ -71,7 +71,7 @@ def test_logits_and_gradients_equal_transformers(case):
 @pytest.mark.parametrize("name", make_families.GENERATED)
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation_equals_transformers(name, beams, draw_params):
-    """Prompts in one padded batch are longer and shorter than the window; beams may share the reading of a beginning."""
+    """Prompts in a padded batch are longer and shorter than the window; beams may share the reading of a beginning."""
     config = config_of(name)
     params, prompts = draw_params(config), make_families.prompts(name)
     settings = {"max_new_tokens": make_families.NEW_TOKENS, "eos_ids": (), "num_beams": beams}
