@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# `datasets` reports the data sets that it reads to a server, also those of a stand-in for the hub.
+os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # if it is set, older versions do not warn when Ray forks
 # Ray reads this when it is imported, and transformers may import it: listen on the loopback address only.
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")

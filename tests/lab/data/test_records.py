@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 
 import numpy as np
 import pandas as pd
@@ -68,6 +69,24 @@ def test_lines(tmp_path, name, content, contents):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert read_records([path]) == list(map(Text, contents))
+
+
+def test_a_file_is_read_without_the_network(tmp_path, monkeypatch):
+    """`datasets.load_dataset` would report each file to a server, also if its counts are on by default."""
+    import datasets
+
+    asked = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *args, **more: asked.append(host))
+    monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    table = pd.DataFrame([GOOD])
+    table.to_csv(tmp_path / "a.csv", index=False)
+    table.to_parquet(tmp_path / "b.parquet")
+    write(tmp_path / "c.txt", "one\n")
+    write(tmp_path / "d.json", [GOOD])
+    for path in sorted(tmp_path.iterdir()):
+        assert len(read_records([path])) == 1
+    assert not asked
 
 
 def test_cells_of_a_csv_file_are_texts(tmp_path):
