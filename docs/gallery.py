@@ -139,10 +139,15 @@ def model_of(manifest: dict[str, Any]) -> str:
 
 
 def _links(run: Path) -> str:
-    folder = run.relative_to(PUBLISHED).as_posix()
-    names = [name for name in ("tables.md", "results.csv", "metrics.jsonl", "manifest.json") if (run / name).exists()]
-    names = names or sorted(path.name for path in run.glob("*.csv"))  # of an analysis over several run folders
-    return ", ".join(f"[{name.partition('.')[0]}]({REPOSITORY_PATH}/{folder}/{name})" for name in names)
+    names = ("tables.md", "results.csv", "metrics.jsonl", "manifest.json")
+    paths = [run / name for name in names if (run / name).exists()]
+    # An analysis over several seeds lies above their run folders.
+    paths = paths or [*sorted(run.glob("*.csv")), *sorted(run.glob("seed_*/manifest.json"))]
+    links = []
+    for path in paths:
+        text = path.stem if path.parent == run else f"{path.stem} of {path.parent.name.replace('_', ' ')}"
+        links.append(f"[{text}]({REPOSITORY_PATH}/{path.relative_to(PUBLISHED).as_posix()})")
+    return ", ".join(links)
 
 
 @cache

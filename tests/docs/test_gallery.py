@@ -22,6 +22,10 @@ def test_every_published_figure_is_in_it() -> None:
     shown = re.findall(r"!\[[^]]+\]\(\.\./results/(published/[^)]+)\)", written)
     published = {path.relative_to(ROOT / "results").as_posix() for path in (ROOT / "results/published").rglob("*.png")}
     assert sorted(shown) == sorted(published)
+    for path in {path.parent for path in (ROOT / "results/published").rglob("*.png")}:
+        runs = [path] if (path / "manifest.json").exists() else sorted(path.glob("seed_*"))
+        assert runs
+        assert all(f"(../{run.relative_to(ROOT).as_posix()}/manifest.json)" in written for run in runs), path
     assert "```" not in re.sub(r"<details.*?</details>", "", written, flags=re.DOTALL), "commands are folded"
 
 
