@@ -33,13 +33,14 @@ import gain_laws
 import numpy as np
 import pandas as pd
 from gain_grid import DESIGNS, SCHEDULES
-from sweep_folders import read_curves, regret_at
+from sweep_folders import read_curves
 
 from rora_theory.advice.constants import CONSTANTS
 from rora_theory.evidence.policies import RateFactor, displacement_law, power_of_gain, with_rank
 from rora_theory.evidence.sweeps import load_sweeps
 from rora_theory.runs import frames
 from rora_theory.stats.rate_curves import Curve
+from rora_theory.stats.regret import regrets_at
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "published"
 SMALLEST_CHANGE = 1.2
@@ -80,7 +81,7 @@ class Pair:
     def regret(self, law: RateFactor) -> float:
         """Return the regret of a law at the second setting, in nats per token."""
         rate = self.tuned_rate * law(self.old_rank, self.old_gain, self.curve.rank, self.curve.gain)
-        return regret_at(self.curve, rate)[0]
+        return float(regrets_at(self.curve, np.array([rate]))[0][0])
 
 
 def pairs_of(curves: Iterable[Curve]) -> list[Pair]:

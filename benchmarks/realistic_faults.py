@@ -517,8 +517,8 @@ SWEEP_FAULTS = [
     ),
     Fault(
         "rora_theory/stats/regret.py",
-        "losses - target.losses[:, [lowest]], axis=0)",
-        "losses - target.lowest_losses()[:, None], axis=0)",
+        "losses - curve.losses[:, [_index_of_lowest_loss(curve)]], axis=0)",
+        "losses - curve.lowest_losses()[:, None], axis=0)",
         "the noise of single seeds counts as regret",
     ),
     Fault(

@@ -44,13 +44,14 @@ import gain_laws
 import numpy as np
 import pandas as pd
 from gain_grid import DESIGNS
-from sweep_folders import read_curves, regret_at
+from sweep_folders import read_curves
 
 from rora_theory.advice.best_rate import QUANTILE
 from rora_theory.advice.constants import CONSTANTS
 from rora_theory.runs import frames
 from rora_theory.stats.curve_optima import whole_curve_log2_rates
 from rora_theory.stats.rate_curves import Curve
+from rora_theory.stats.regret import regrets_at
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "published"
 
@@ -90,7 +91,8 @@ class StepsPair:
 
     def regret(self, power: float) -> tuple[float, bool]:
         """Return the regret of a power of the number of steps in nats per token, and whether it is a lower bound."""
-        return regret_at(self.curve, self.rate * self.growth**power)
+        (cost,), (is_lower_bound,) = regrets_at(self.curve, np.array([self.rate * self.growth**power]))
+        return float(cost), bool(is_lower_bound)
 
 
 Pairs = Mapping[str, Mapping[str, list[StepsPair]]]

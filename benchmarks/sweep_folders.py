@@ -28,12 +28,6 @@ def best_row(curve: Curve) -> dict[str, object]:
     return row | {"log2_error": logs.known_error, "edge": curve.edge, "lowest_loss": float(curve.losses.min())}
 
 
-def regret_at(curve: Curve, rate: float) -> tuple[float, bool]:
-    """Return the mean regret of a rate over seeds in nats per token, and whether it is a lower bound."""
-    losses, is_bound = curve.losses_at(np.array([rate]))
-    return float(losses.mean() - curve.losses.mean(axis=0).min()), bool(is_bound[0])
-
-
 def mean_best_rates(folder: Path, estimator: str = "three points") -> pd.Series:
     """Return the geometric mean over seeds of the best rates in ``best.csv``, by rank, gain, schedule and steps."""
     best = pd.read_csv(folder / "best.csv")

@@ -29,6 +29,7 @@ from rora_theory.optimizers import Schedule
 from rora_theory.runs import files, frames
 from rora_theory.runs.reading import read_manifest
 from rora_theory.stats.rate_curves import Curve
+from rora_theory.stats.regret import regrets_at
 from sims.common.tables import print_records
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "published"
@@ -91,8 +92,8 @@ class PlannedTarget:
 
     def regret(self, learning_rate: float) -> tuple[float, bool]:
         """Return the mean regret over seeds in nats per token, and whether it is a lower bound."""
-        losses, is_lower_bound = self.curve.losses_at(np.array([learning_rate]))
-        return float(np.mean(losses - self.curve.losses[:, self._lowest])), bool(is_lower_bound[0])
+        (cost,), (is_lower_bound,) = regrets_at(self.curve, np.array([learning_rate]))
+        return float(cost), bool(is_lower_bound)
 
 
 def planned_targets(runs: Sequence[SweepRun], tokens: Sequence[int]) -> list[PlannedTarget]:

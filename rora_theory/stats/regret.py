@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from rora_theory.stats.estimate import Estimate
 from rora_theory.stats.rate_curves import Curve, estimate
@@ -71,12 +71,26 @@ class Regret:
         }
 
 
+def regrets_at(
+    curve: Curve, learning_rates: Float[np.ndarray, " n"]
+) -> tuple[Float[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
+    """Compute the regret of learning rates above 0, as the mean over seeds.
+
+    The reference is one rate for all seeds, the measured one with the lowest mean loss, so that the noise of single
+    seeds doesn't count as regret.
+
+    Returns:
+      The regret at each rate in nats per token, and whether it is a lower bound, see `Curve.losses_at`.
+    """
+    losses, is_lower_bound = curve.losses_at(learning_rates)
+    return np.mean(losses - curve.losses[:, [_index_of_lowest_loss(curve)]], axis=0), is_lower_bound
+
+
 def regret(tuned: Curve, target: Curve, policy: Policy) -> Regret:
     """Compute the regret of a policy that carries a tuned learning rate to another setting.
 
     The tuned rate is the geometric mean of the seeds' best rates; its uncertainty is reported as the range of the
-    regret, not as part of the error. The lowest loss is that of the measured rate with the lowest mean over seeds, so
-    that the noise of single seeds doesn't count as regret.
+    regret, not as part of the error. The lowest loss is that of `regrets_at`.
 
     Args:
       tuned: Loss against learning rate in the setting where the rate was tuned.
@@ -99,8 +113,7 @@ def regret(tuned: Curve, target: Curve, policy: Policy) -> Regret:
     def seed_regrets(curve: Curve) -> Float[np.ndarray, " seeds"]:
         return curve.losses_at(learning_rates[[SHIFTS]])[0][:, 0] - curve.losses[:, lowest]
 
-    losses, is_lower_bound = target.losses_at(learning_rates)
-    over_interval = np.mean(losses - target.losses[:, [lowest]], axis=0)
+    over_interval, is_lower_bound = regrets_at(target, learning_rates)
     nats = estimate(seed_regrets, target)
     # For a single seed `estimate` averages over resampled records. Report the measured value instead.
     nats = replace(nats, value=float(over_interval[SHIFTS]), bound=target.grid_error)
