@@ -208,6 +208,7 @@ def two_term_rows(model: str, curves: Curves) -> Iterator[dict[str, Any]]:
 def two_terms() -> pd.DataFrame:
     """Return the mean exponents over settings and seeds, by model and numbers of steps."""
     runs = {"SmolLM2-135M": [folder_curves("horizon", (16, 64, 256))]}
+    runs |= {"SmolLM2-135M, longer runs": seeds_of("smollm2_long")}
     runs |= {"small model": seeds_of("small"), "small model, longer runs": seeds_of("small_long", LONG_SEEDS)}
     runs |= {"second small model": seeds_of("medium")}
     rows = [row for model, seeds in runs.items() for curves in seeds for row in two_term_rows(model, curves)]
