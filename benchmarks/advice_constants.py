@@ -246,15 +246,17 @@ def schedule_factor() -> tuple[float, float, str]:
     return float(np.exp(logs.mean())), float(logs.std()), "SmolLM2-135M, 64 and 256 steps, one seed"
 
 
-def batch_exponent() -> tuple[float, float, str]:
+def batch_exponent(estimator: str = "three points") -> tuple[float, float, str]:
     """Return the exponent in the batch size at one number of steps, with its spread.
 
     Of the pairs of one setting, which share their runs, the one that is furthest apart counts.
     """
     table = pd.read_csv(PUBLISHED / "batch_size" / "exponents.csv")
+    table = table[table["estimator"] == estimator]
     table = table.assign(growth=table["to_batch"] / table["from_batch"]).sort_values("growth")
     table = table.groupby(["rank", "gain", "schedule"], sort=False).tail(1)
-    spread = float(np.nanmax([table["exponent"].std(), table["standard_error"].max(), MIN_BATCH_SPREAD]))
+    # Half of the half width of a 95% interval is about a standard error.
+    spread = float(np.nanmax([table["exponent"].std(), table["half_width"].max() / 2, MIN_BATCH_SPREAD]))
     records = f"{table['from_batch'].min()} to {table['to_batch'].max()} records"
     source = f"SmolLM2-135M, {len(table)} {'pair' if len(table) == 1 else 'pairs'}, 64 steps, {records}, one seed"
     return float(table["exponent"].mean()), spread, source
@@ -263,24 +265,16 @@ def batch_exponent() -> tuple[float, float, str]:
 def whole_curve_values() -> dict[str, float]:
     """Return the constants whose best rates come from the whole curve, in place of the three lowest losses."""
 
-    def read_ratios(folder: str, compared_with: str) -> pd.DataFrame:
-        table = pd.read_csv(PUBLISHED / folder / "ratios.csv").query("loss_on == 'all' and estimate == 'whole curve'")
-        return table[(table["compared_with"] == compared_with) & (table["step"] >= MIN_STEPS)]
-
-    # Batches: the two pairs of `batch_exponent`.
-    large = read_ratios("horizon_batch_32", "batch_size 4")["ratio"].iloc[0]
-    small = {}
-    for size in (4, 64):
-        rates = pd.read_csv(PUBLISHED / "batch_size" / f"batch_{size}" / "rates.csv")
-        small[size] = rates.query("loss_on == 'all' and estimate == 'whole curve'")["best_rate"].iloc[0]
-    batches = [math.log(large) / math.log(8), math.log(small[64] / small[4]) / math.log(16)]
+    ratios = pd.read_csv(PUBLISHED / "horizon_cosine" / "ratios.csv")
+    ratios = ratios.query("loss_on == 'all' and estimate == 'whole curve' and compared_with == 'schedule constant'")
+    cosine = ratios[ratios["step"] >= MIN_STEPS]["ratio"]
     public = pd.read_csv(PUBLISHED / "evidence" / "exponents.csv")
     public = public[(public["source"] == "tinker") & (public["from_rank"] == MIN_RANK)].set_index("method")
     return {
         "rank_exponent": float(public.loc["registration", "exponent"]),
         "steps_exponent": steps_exponent("whole curve")[0],
-        "batch_exponent": float(np.mean(batches)),
-        "cosine": float(np.exp(np.log(read_ratios("horizon_cosine", "schedule constant")["ratio"]).mean())),
+        "batch_exponent": batch_exponent("whole curve")[0],
+        "cosine": float(np.exp(np.log(cosine).mean())),
     }
 
 

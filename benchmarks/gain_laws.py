@@ -15,6 +15,8 @@ finished. Settings of a schedule are compared after the number of steps that the
   over its held-out records and a residual of unknown size. A best rate at an edge of its rates is left out.
 - ``outcomes.csv`` has each predicted ratio beside the measured one, with a verdict on every law. The others are its
   rivals. Two seeds or fewer decide nothing.
+- ``tokens.csv`` has each ratio by the loss over all tokens, which the runs learned and which all other tables have, and
+  by that over the answers: means over the seeds whose two best rates lie inside their grids.
 - ``laws.csv`` compares the laws as wholes: the same model with one free level and the law's ratios, by maximum
   likelihood, with its AIC.
 - ``regret.csv`` has what each policy costs in nats per token: the rate that the other seeds tuned at the first setting
@@ -46,13 +48,14 @@ from sweep_folders import DRAWS, mean_regrets
 from rora_theory.advice.best_rate import Run
 from rora_theory.advice.constants import CONSTANTS
 from rora_theory.evidence.policies import RateFactor, displacement_law, power_of_gain, with_rank
+from rora_theory.lab.finetune.config import LossOn
 from rora_theory.lab.sweep.curves import curves_at
 from rora_theory.lab.sweep.regret import RatePolicy, policies
 from rora_theory.lab.sweep.runs import SweepRun, read_runs, read_tokens
 from rora_theory.optimizers import Schedule
 from rora_theory.runs import frames
 from rora_theory.stats.curve_optima import whole_curve_log2_rates
-from rora_theory.stats.estimate import Estimate
+from rora_theory.stats.estimate import Estimate, over_seeds
 from rora_theory.stats.rate_curves import Curve
 from rora_theory.stats.regret import regret
 from rora_theory.stats.verdicts import judge_range
@@ -135,13 +138,15 @@ def fit_mixed(
     return MixedFit(effects, covariance, float(best.x[0]), float(best.x[1]), -deviance / 2)
 
 
-def read_curves(folder: Path, design: Design) -> dict[Setting, Curve]:
-    """Return the curves of a seed's folder that have all rates."""
-    tokens = next(iter(read_tokens(folder).values()))[0]
+def read_curves(folder: Path, design: Design, loss_on: LossOn = "all") -> dict[Setting, Curve]:
+    """Return the curves of a seed's folder that have all rates, of the loss over all tokens or over the answers."""
+    all_tokens, answer_tokens = next(iter(read_tokens(folder).values()))
+    tokens = answer_tokens if loss_on == "answer" else all_tokens
     groups: dict[tuple[Schedule, int], list[SweepRun]] = {}
     for run in read_runs(folder):
         axes = dict(run.axes)
-        groups.setdefault((axes.get("schedule", "constant"), axes.get("batch_size", 4)), []).append(run)
+        key = axes.get("schedule", "constant"), axes.get("batch_size", 4)
+        groups.setdefault(key, []).append(replace(run, loss_on=loss_on))
     curves = {}
     for (schedule, batch_size), runs in groups.items():
         if schedule not in design.schedules:
@@ -153,12 +158,14 @@ def read_curves(folder: Path, design: Design) -> dict[Setting, Curve]:
     return curves
 
 
-def read_seeds(folders: Sequence[Path], design: Design) -> dict[int, dict[Setting, Curve]]:
+def read_seeds(
+    folders: Sequence[Path], design: Design, loss_on: LossOn = "all"
+) -> dict[int, dict[Setting, Curve]]:
     """Return the curves of every seed in its run folders."""
     curves: dict[int, dict[Setting, Curve]] = {}
     for folder in folders:
         for path in folder.glob("seed_*"):
-            curves.setdefault(int(path.name.split("_")[1]), {}).update(read_curves(path, design))
+            curves.setdefault(int(path.name.split("_")[1]), {}).update(read_curves(path, design, loss_on))
     return dict(sorted(curves.items()))
 
 
@@ -246,6 +253,29 @@ def outcome_rows(
             width = logs.half_width() if logs.n > 1 else math.nan
             row |= {"ratio": 2**logs.value, "ratio_low": 2 ** (logs.value - width)}
             rows.append(row | {"ratio_high": 2 ** (logs.value + width), "seeds": logs.n, "verdict": verdict})
+    return pd.DataFrame(rows)
+
+
+def token_rows(best: Mapping[LossOn, pd.DataFrame], predictions: pd.DataFrame, design: Design) -> pd.DataFrame:
+    """Return each predicted ratio as measured by the loss over all tokens and over the answers: means over seeds."""
+    rows = []
+    pairs = predictions[predictions["change"] != "schedule"].drop_duplicates(["schedule", "from", "to"])
+    for (loss_on, table), pair in itertools.product(best.items(), pairs.to_dict("records")):
+        at_schedule = table[(table["schedule"] == pair["schedule"]) & (table["edge"].fillna("") == "")]
+
+        def rates_of(name: str, rates: pd.DataFrame = at_schedule, schedule: str = pair["schedule"]) -> pd.DataFrame:
+            steps = int(name.split()[0]) if name.endswith("steps") else design.steps(schedule)
+            setting = REFERENCE if name.endswith("steps") else name
+            return rates[(rates["setting"] == setting) & (rates["steps"] == steps)]
+
+        both = rates_of(pair["from"]).merge(rates_of(pair["to"]), on=["estimator", "seed"])
+        logs = np.log2(both["best_rate_y"] / both["best_rate_x"])
+        for estimator, ratios in logs.groupby(both["estimator"], sort=False):
+            mean = over_seeds(ratios.to_numpy())
+            width = mean.half_width() if mean.has_error else math.nan
+            row = {"estimator": estimator, "loss_on": loss_on}
+            row |= {name: pair[name] for name in ("schedule", "change", "from", "to")} | {"ratio": 2**mean.value}
+            rows.append(row | {"low": 2 ** (mean.value - width), "high": 2 ** (mean.value + width), "seeds": mean.n})
     return pd.DataFrame(rows)
 
 
@@ -366,10 +396,12 @@ def main() -> None:
         for frames_of, frame in zip((mixed, outcomes, laws), (pd.DataFrame(effects), *judged), strict=True):
             frame.insert(0, "estimator", estimator)
             frames_of.append(frame)
+    by_tokens = {"all": all_best, "answer": best_rows(read_seeds([*args.runs, args.out], design, "answer"))}
     tables = {
         "best": all_best,
         "mixed": pd.concat(mixed),
         "outcomes": pd.concat(outcomes),
+        "tokens": token_rows(by_tokens, predictions, design),
     }
     # A design without a pilot compares numbers of steps only.
     if (args.out / "pilot.csv").exists():

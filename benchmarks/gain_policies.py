@@ -13,11 +13,13 @@ rates inside their grids. The tuned rate is that of the first setting.
 Which law the advice has was fixed before the runs of SmolLM2 and Gemma in ``gain_seeds``: the displacement law if, with
 constants of other models, its mean regret is the lower one over all models and in at least half of them; otherwise the
 power of G, which is simpler. The constant is the mean over the models of our runs until then: with that of the public
-model, as the rule first said, that model would no longer be a test. Runs that came later, of the second small model,
-of SmolLM2 under cosine decay and of Gemma's seeds after the first, are tests too.
+model, as the rule first said, that model would no longer be a test. The second small model came later and is a test too.
 
 - ``policies.csv`` has a row for each model and law: mean, median and largest regret in nats per token, the number of
   pairs, and the constant. ``all models`` is the mean over the models.
+- ``tests.csv`` has the same for runs that came after the constants: those of SmolLM2 and Gemma under cosine decay and of
+  Gemma's seeds after the first, and those of the small model at other ranks and after 4,096 steps. They are in none of
+  the other tables.
 - ``constants.csv`` has each model's own constants, and whether the runs are ours.
 - ``scan.csv`` has the mean regret of each model by law and constant.
 """
@@ -43,6 +45,9 @@ from rora_theory.stats.rate_curves import Curve
 from rora_theory.stats.regret import regrets_at
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "published"
+BATCH_SIZE = 4
+"""Number of records per step."""
+
 SMALLEST_CHANGE = 1.2
 """Smallest ratio of the two G of a pair."""
 
@@ -99,13 +104,20 @@ def published_pairs(folder: str, steps: Iterable[int]) -> list[Pair]:
     return [pair for step in steps for pair in pairs_of(read_curves(PUBLISHED / folder, step))]
 
 
-def seeded_pairs(design: str, schedule: str, folder: Path) -> list[Pair]:
-    """Return the pairs of each seed of a grid of `gain_grid` that counts, at the last number of steps."""
+def seeded_pairs(design: str, schedule: str, folder: Path, seeds: Iterable[int] | None = None) -> list[Pair]:
+    """Return the pairs of seeds of a grid of `gain_grid`, by default of those that count, at the last number of steps.
+
+    Both settings of a pair have batches of one size.
+    """
     pairs = []
-    for seed in FITTED_SEEDS.get(design, DESIGNS[design].seeds):
+    for seed in FITTED_SEEDS.get(design, DESIGNS[design].seeds) if seeds is None else seeds:
         curves = gain_laws.read_curves(folder / f"seed_{seed}", DESIGNS[design])
         last = DESIGNS[design].steps(schedule)
-        pairs += pairs_of(curve for key, curve in curves.items() if (key.schedule, key.steps) == (schedule, last))
+        pairs += pairs_of(
+            curve
+            for key, curve in curves.items()
+            if (key.schedule, key.steps, key.batch_size) == (schedule, last, BATCH_SIZE)
+        )
     return pairs
 
 
@@ -138,6 +150,35 @@ def all_pairs(external: Path | None) -> dict[str, dict[str, list[Pair]]]:
         for model, sets in pairs.items()
         if (chosen := {name: rows for name, rows in sets.items() if rows})
     }
+
+
+def later_pairs() -> dict[str, dict[str, list[Pair]]]:
+    """Return the pairs of the runs that came after the constants, by model and set of runs."""
+    seeds = PUBLISHED / "gain_seeds"
+    later = [seed for seed in DESIGNS["gemma"].seeds if seed not in FITTED_SEEDS["gemma"]]
+    later = [seed for seed in later if (seeds / "gemma" / f"seed_{seed}").exists()]
+    long_runs = []
+    for seed in DESIGNS["long_gains"].seeds:
+        curves = [
+            curve
+            for design in ("small_long", "long_gains")
+            for key, curve in gain_laws.read_curves(PUBLISHED / design / f"seed_{seed}", DESIGNS[design]).items()
+            if (key.schedule, key.steps) == ("constant", DESIGNS["long_gains"].steps("constant"))
+        ]
+        long_runs += pairs_of(curves)
+    pairs = {
+        "SmolLM2-135M": {"cosine": seeded_pairs("smollm2", "cosine", seeds / "smollm2")},
+        "Gemma 3 270M": {
+            "constant, later seeds": seeded_pairs("gemma", "constant", seeds / "gemma", later),
+            "cosine": seeded_pairs("gemma", "cosine", seeds / "gemma"),
+        },
+        "small model": {
+            "other ranks, constant": seeded_pairs("small_more", "constant", PUBLISHED / "small_more"),
+            "other ranks, cosine": seeded_pairs("small_more", "cosine", PUBLISHED / "small_more"),
+            "4,096 steps": long_runs,
+        },
+    }
+    return {model: {name: rows for name, rows in sets.items() if rows} for model, sets in pairs.items()}
 
 
 def power(exponent: float) -> RateFactor:
@@ -196,7 +237,7 @@ def own_constants(table: pd.DataFrame) -> pd.DataFrame:
     return best.assign(is_ours=best["model"].isin(OUR_MODELS))
 
 
-def judged(pairs: Mapping[str, Mapping[str, list[Pair]]], own: pd.DataFrame) -> pd.DataFrame:
+def judged_sets(pairs: Mapping[str, Mapping[str, list[Pair]]], own: pd.DataFrame) -> pd.DataFrame:
     """Return the regret of every law on every set of runs, with the mean constant of the other models."""
     rows = []
     for model, sets in pairs.items():
@@ -208,7 +249,12 @@ def judged(pairs: Mapping[str, Mapping[str, list[Pair]]], own: pd.DataFrame) -> 
             costs = np.array([pair.regret(factor) for pair in chosen])
             row = {"model": model, "runs": runs, "law": law, "constant": constant, "pairs": len(costs)}
             rows.append(row | {"mean": costs.mean(), "median": np.median(costs), "largest": costs.max()})
-    frame = pd.DataFrame(rows)
+    return pd.DataFrame(rows)
+
+
+def judged(pairs: Mapping[str, Mapping[str, list[Pair]]], own: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of `judged_sets`, with the means over the sets of each model and over the models."""
+    frame = judged_sets(pairs, own)
     by_model = frame.groupby(["model", "law"], sort=False).agg(
         pairs=("pairs", "sum"), mean=("mean", "mean"), largest=("largest", "max")
     )
@@ -230,10 +276,12 @@ def main() -> None:
     scanned = scan(pairs)
     own = own_constants(scanned)
     tables = {"scan": scanned, "constants": own, "policies": judged(pairs, own)}
+    tables["tests"] = judged_sets(later_pairs(), own)
     args.out.mkdir(parents=True, exist_ok=True)
     for name, frame in tables.items():
         (args.out / f"{name}.csv").write_text(frames.to_csv(frame))
-    print(own.to_string(index=False), tables["policies"].to_string(index=False), sep="\n\n")
+    for name in ("constants", "policies", "tests"):
+        print(f"{name}.csv\n{tables[name].to_string(index=False)}\n")
 
 
 if __name__ == "__main__":

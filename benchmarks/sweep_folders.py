@@ -43,12 +43,16 @@ def exponent_in_steps(rates: pd.Series) -> float:
 
 
 def mean_regrets(costs: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """Return the mean regret over seeds by some columns, with half a 95% interval over seeds."""
+    """Return the mean regret over seeds by some columns, with half a 95% interval over seeds.
+
+    ``low`` and ``high`` are the means of the lowest and highest regrets over the 95% intervals of the tuned rates.
+    """
     rows = []
     for key, seeds in costs.groupby(by, sort=False):
         estimate = over_seeds(seeds.groupby("seed")["regret"].mean().to_numpy())
         row = dict(zip(by, key, strict=True)) | {"regret": estimate.value}
         row |= {"half_width": estimate.half_width() if estimate.has_error else None}
+        row |= {"low": float(seeds["low"].mean()), "high": float(seeds["high"].mean())}
         row |= {"largest": float(seeds["regret"].max()), "seeds": seeds["seed"].nunique()}
         rows.append(row | {"lower_bounds": int(seeds["is_lower_bound"].sum())})
     return pd.DataFrame(rows)

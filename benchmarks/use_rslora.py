@@ -7,8 +7,8 @@ seed has data of its own, so that the spread over seeds contains that between sa
 ``predictions.csv`` are older than the runs.
 
 - ``best.csv`` has each best rate. One at an edge of its grid is a bound and enters no ratio.
-- ``outcomes.csv`` has each ratio of two best rates of one seed beside the first prediction of it, and beside the factor
-  and range that `rora_theory.transfer` states.
+- ``outcomes.csv`` has each ratio of two best rates of one seed, by the lowest losses and by whole curves, beside the
+  first prediction of it, and beside the factor and range that `rora_theory.transfer` states.
 - ``exponents.csv`` has the exponents in the rank and in G, as means over seeds with their errors.
 - ``regret.csv`` has the regret of every policy by seed in nats per token, with one row for policies of the same rate.
 - ``policies.csv`` has the mean of the regrets over seeds.
@@ -26,10 +26,11 @@ import pandas as pd
 from sweep_folders import best_row, mean_regrets, read_curves
 
 from rora_theory.advice.best_rate import Run, carry_rate
+from rora_theory.lab.sweep.curves import ESTIMATORS
 from rora_theory.lab.sweep.regret import policies
 from rora_theory.runs import frames
 from rora_theory.stats.estimate import over_seeds
-from rora_theory.stats.rate_curves import Curve, weighted_log2_rates
+from rora_theory.stats.rate_curves import Curve
 from rora_theory.stats.regret import regret
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "published"
@@ -61,24 +62,27 @@ def pairs_of(curves: list[Curve]) -> list[tuple[str, Curve, Curve]]:
     ]
 
 
-def ratio_row(first: Curve, second: Curve) -> dict[str, object]:
-    """Return the best rate of the second curve over that of the first, both of one seed and its held-out records."""
+def ratio_rows(first: Curve, second: Curve) -> list[dict[str, object]]:
+    """Return the best rate of the second curve over that of the first, of one seed, by both estimators."""
     if first.edge or second.edge:
-        return {"ratio": None, "log2_error": None}
-    logs = weighted_log2_rates((-1.0, 1.0), first, second)
-    return {"ratio": 2**logs.value, "log2_error": logs.known_error}
+        return [{"estimator": name, "ratio": None, "log2_error": None} for name in ESTIMATORS]
+    logs = {name: compute((-1.0, 1.0), first, second) for name, compute in ESTIMATORS.items()}
+    return [
+        {"estimator": name, "ratio": 2**value.value, "log2_error": value.known_error} for name, value in logs.items()
+    ]
 
 
 def exponent_rows(outcomes: pd.DataFrame) -> list[dict[str, object]]:
     """Return the exponent of every change in what it changes, as a mean over the seeds whose ratio is known."""
     rows: list[dict[str, object]] = []
     known = outcomes[(outcomes["change"] != BOTH) & outcomes["ratio"].notna()]
-    for (change, first, second), ratios in known.groupby(["change", "from", "to"], sort=False):
+    for (estimator, change, first, second), ratios in known.groupby(["estimator", "change", "from", "to"], sort=False):
         # At one alpha, use_rslora multiplies G by the square root of the rank.
         by_rank = ("rank", rank_of(second) / rank_of(first))
         variable, factor = by_rank if change == RANK else ("G", math.sqrt(rank_of(second)))
         estimate = over_seeds(np.log(ratios["ratio"].to_numpy()) / math.log(factor))
-        row = {"change": change, "from": first, "to": second, "variable": variable, "exponent": estimate.value}
+        row = {"estimator": estimator, "change": change, "from": first, "to": second}
+        row |= {"variable": variable, "exponent": estimate.value}
         half_width = estimate.half_width() if estimate.has_error else None
         rows.append(row | {"half_width": half_width, "seeds": len(ratios)})
     return rows
@@ -123,7 +127,8 @@ def main() -> None:
         best += [seed | best_row(curve) for curve in curves]
         for change, first, second in pairs_of(curves):
             row = {"change": change, "from": setting_of(first), "to": setting_of(second)}
-            outcomes.append(seed | row | ratio_row(first, second) | stated_range(first, second))
+            stated = stated_range(first, second)
+            outcomes += [seed | row | ratio | stated for ratio in ratio_rows(first, second)]
             constant = float(constants[first.rank, ALPHA])
             costs += [seed | row for row in regret_rows(change, first, second, constant)]
     predictions = pd.read_csv(folder / "predictions.csv").drop_duplicates(["from", "to"])
@@ -136,20 +141,21 @@ def main() -> None:
         "regret": pd.DataFrame(costs),
         "policies": mean_regrets(pd.DataFrame(costs), ["change", "from", "to", "policy"]),
     }
-    known = compared.dropna(subset=["ratio"])
-    coverage = {
-        "ratios": len(known),
-        "in_predicted_range": int(known["ratio"].between(known["low"], known["high"]).sum()),
-        "in_stated_range": int(known["ratio"].between(known["advice_low"], known["advice_high"]).sum()),
-    }
-    tables["coverage"] = pd.DataFrame([coverage])
+    coverage = []
+    for estimator, known in compared.dropna(subset=["ratio"]).groupby("estimator", sort=False):
+        in_predicted = known["ratio"].between(known["low"], known["high"]).sum()
+        in_stated = known["ratio"].between(known["advice_low"], known["advice_high"]).sum()
+        row = {"estimator": estimator, "ratios": len(known), "seeds": known["seed"].nunique()}
+        coverage.append(row | {"in_predicted_range": int(in_predicted), "in_stated_range": int(in_stated)})
+    tables["coverage"] = pd.DataFrame(coverage)
     for name, frame in tables.items():
         (folder / f"{name}.csv").write_text(frames.to_csv(frame))
         print(f"{name}.csv\n{frame.to_string(index=False)}\n")
-    print(
-        f"From {known['seed'].nunique()} seeds, {coverage['in_predicted_range']} of {len(known)} ratios lie in the "
-        f"range predicted before, and {coverage['in_stated_range']} in the 90% range that transfer states."
-    )
+    for row in coverage:
+        print(
+            f"By {row['estimator']}, from {row['seeds']} seeds, {row['in_predicted_range']} of {row['ratios']} ratios "
+            f"lie in the range predicted before, and {row['in_stated_range']} in the 90% range that transfer states."
+        )
 
 
 if __name__ == "__main__":

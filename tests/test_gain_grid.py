@@ -212,3 +212,36 @@ def test_later_seeds_are_no_part_of_the_constants():
         assert ours[gain] == pytest.approx(math.log(best.loc[gain, "best_rate"]), rel=1e-12)
     # All ordered pairs of the four G of one seed.
     assert len(policies.seeded_pairs("gemma", "constant", folder)) == 4 * 3
+
+
+def test_later_runs_are_judged_with_constants_of_other_models_and_enter_no_other_table():
+    policies = importlib.import_module("gain_policies")
+    pair = policies.Pair(2.0**-9, 8, 32.0, replace(parabola(2.0**-10), scaling=16.0))
+    rows = [("power of G", "ours", 0.5), ("power of G", "other", 1.0)]
+    rows += [("displacement law", "ours", 10.0), ("displacement law", "other", 1e9)]
+    own = pd.DataFrame(rows, columns=["law", "model", "constant"])
+    table = policies.judged_sets({"ours": {"later": [pair]}}, own).set_index("law")
+    # At four times G the power 1 of the other model gives a quarter of the rate, and the best is a half: an octave.
+    assert table.loc["power of G", "mean"] == pytest.approx(0.5, abs=1e-6)
+    assert table.loc["first step", "mean"] == pytest.approx(0.5, abs=1e-6)
+    # Far below the other model's K the law is the square root, which is right here.
+    assert table.loc["displacement law", "mean"] == pytest.approx(0, abs=1e-4)
+    published = pd.read_csv(policies.PUBLISHED / "gain_policies" / "policies.csv")
+    tests = pd.read_csv(policies.PUBLISHED / "gain_policies" / "tests.csv")
+    keys = [set(zip(frame["model"], frame["runs"], strict=True)) for frame in (published, tests)]
+    assert keys[0].isdisjoint(keys[1])
+
+
+def test_a_ratio_by_the_answers_is_of_the_rates_that_are_best_by_the_answers():
+    laws, grid = (importlib.import_module(name) for name in ("gain_laws", "gain_grid"))
+    old, new = grid.Setting(8, 32.0, "constant", 1024), grid.Setting(8, 256.0, "constant", 1024)
+    best = {"all": {old: 2.0**-9, new: 2.0**-11}, "answer": {old: 2.0**-9, new: 2.0**-10}}
+    tables = {
+        loss_on: laws.best_rows({seed: {key: parabola(rate) for key, rate in rates.items()} for seed in (0, 1)})
+        for loss_on, rates in best.items()
+    }
+    predictions = pd.DataFrame([{"schedule": "constant", "change": "G", "from": old.name, "to": new.name}])
+    table = laws.token_rows(tables, predictions, grid.DESIGNS["small"]).set_index(["estimator", "loss_on"])
+    assert table.loc[("three points", "all"), "ratio"] == pytest.approx(1 / 4, rel=1e-6)
+    assert table.loc[("three points", "answer"), "ratio"] == pytest.approx(1 / 2, rel=1e-6)
+    assert set(table["seeds"]) == {2}
