@@ -158,9 +158,7 @@ def read_curves(folder: Path, design: Design, loss_on: LossOn = "all") -> dict[S
     return curves
 
 
-def read_seeds(
-    folders: Sequence[Path], design: Design, loss_on: LossOn = "all"
-) -> dict[int, dict[Setting, Curve]]:
+def read_seeds(folders: Sequence[Path], design: Design, loss_on: LossOn = "all") -> dict[int, dict[Setting, Curve]]:
     """Return the curves of every seed in its run folders."""
     curves: dict[int, dict[Setting, Curve]] = {}
     for folder in folders:

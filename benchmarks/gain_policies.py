@@ -13,13 +13,13 @@ rates inside their grids. The tuned rate is that of the first setting.
 Which law the advice has was fixed before the runs of SmolLM2 and Gemma in ``gain_seeds``: the displacement law if, with
 constants of other models, its mean regret is the lower one over all models and in at least half of them; otherwise the
 power of G, which is simpler. The constant is the mean over the models of our runs until then: with that of the public
-model, as the rule first said, that model would no longer be a test. The second small model came later and is a test too.
+model, as the rule first said, that model would no longer be a test. The second small model came later: a test too.
 
 - ``policies.csv`` has a row for each model and law: mean, median and largest regret in nats per token, the number of
   pairs, and the constant. ``all models`` is the mean over the models.
-- ``tests.csv`` has the same for runs that came after the constants: those of SmolLM2 and Gemma under cosine decay and of
-  Gemma's seeds after the first, and those of the small model at other ranks and after 4,096 steps. They are in none of
-  the other tables.
+- ``tests.csv`` has the same for runs that came after the constants: those of SmolLM2 and Gemma under cosine decay, of
+  Gemma's seeds after the first, and of the small model at other ranks and after 4,096 steps. They are in none of the
+  other tables.
 - ``constants.csv`` has each model's own constants, and whether the runs are ours.
 - ``scan.csv`` has the mean regret of each model by law and constant.
 """

@@ -24,7 +24,8 @@ T^(-s / (1 + s)), and s follows from the losses of one rate after three numbers 
   and how many of their regrets are lower bounds. ``all models`` is the mean over the models.
 - ``exponents.csv`` has each model's own p of the lowest regret, the mean exponent of its best rates, and the p of every
   way with all models, by the estimator of a best rate.
-- ``summary.csv`` has a row for each model: the exponent of its best rates, and the mean regret of each policy.
+- ``summary.csv`` has a row for each model: the exponent of its best rates by both estimators, and the mean regret of
+  each policy.
 - ``coverage.csv`` has the share of each model's pairs in the 90% range that the other models give.
 - ``scan.csv`` has the mean regret of each model by p.
 
@@ -272,12 +273,13 @@ def judged(pairs: Pairs, scanned: pd.DataFrame, own: pd.DataFrame) -> pd.DataFra
     return pd.concat([frame, by_model, total(by_model, ["policy"]).assign(model="all models", runs="all")])
 
 
-def summarise(policies: pd.DataFrame, own: pd.DataFrame) -> pd.DataFrame:
-    """Return the exponent of each model's best rates beside the mean regret of every policy."""
+def summarise(policies: pd.DataFrame, own: pd.DataFrame, by_whole_curves: pd.DataFrame) -> pd.DataFrame:
+    """Return the exponent of each model's best rates, by both estimators, beside the mean regret of every policy."""
     over_runs = policies[policies["runs"] == "all"]
     table = over_runs.pivot(index="model", columns="policy", values="mean")
-    table.insert(0, "exponent", own[own["way"] == "mean exponent"].set_index("model")["power"])
-    table.insert(1, "pairs", over_runs.groupby("model")["pairs"].first())
+    for place, (name, exponents) in enumerate({"exponent": own, "exponent_whole_curve": by_whole_curves}.items()):
+        table.insert(place, name, exponents[exponents["way"] == "mean exponent"].set_index("model")["power"])
+    table.insert(2, "pairs", over_runs.groupby("model")["pairs"].first())
     return table.loc[over_runs["model"].unique()].reset_index()
 
 
@@ -317,19 +319,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=PUBLISHED / "steps_policies")
     folder = parser.parse_args().out
     folder.mkdir(parents=True, exist_ok=True)
-    exponents = []
+    exponents = {}
     for name, best_rate in (("whole curve", whole_curve), ("three points", three_points)):
         pairs = all_pairs(best_rate)
         scanned = scan(pairs)
         own = own_exponents(pairs, scanned)
         fitted = pd.DataFrame({"model": "all models", "way": way, "power": p} for way, p in ways(scanned, own).items())
-        exponents.append(pd.concat([own, fitted]).assign(estimator=name))
+        exponents[name] = pd.concat([own, fitted]).assign(estimator=name)
     # The tables of regret have the tuned rates of a user, who has no more than the lowest losses.
     policies = judged(pairs, scanned, own)
-    tables = {"scan": scanned, "policies": policies, "summary": summarise(policies, own)}
+    tables = {"scan": scanned, "policies": policies, "summary": summarise(policies, own, exponents["whole curve"])}
     tables["two_terms"] = two_terms()
     tables["coverage"] = coverage(pairs, scanned, own, chosen_way(policies))
-    tables["exponents"] = pd.concat(exponents)
+    tables["exponents"] = pd.concat(exponents.values())
     for name, frame in tables.items():
         (folder / f"{name}.csv").write_text(frames.to_csv(frame))
         print(f"{name}.csv\n{frame.to_string(index=False)}\n")

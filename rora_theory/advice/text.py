@@ -174,7 +174,7 @@ def _describe_law(advice: TransferredSetting) -> list[str]:
         steepest, flattest = (EVIDENCE[f"steps_{name}"]["power"] for name in ("steepest", "flattest"))
         sentences.append(
             f"The best rate changes as steps^{CONSTANTS['steps_exponent'].value:.2f}; in single models the exponent "
-            f"was {steepest:.2f} to {flattest:.2f}, steeper in the two larger ones."
+            f"of the rates with the lowest losses was {steepest:.2f} to {flattest:.2f}, steeper in the two larger ones."
         )
     if "batch_size" in run.changed:
         power = CONSTANTS["batch_exponent"]
@@ -192,10 +192,11 @@ def _describe_law(advice: TransferredSetting) -> list[str]:
     if advice.changed:
         sentences.append("The range is meant to hold the best rate of 90% of models.")
         if "cosine" in (run.schedule, run.to_schedule):
-            tested = EVIDENCE["cosine"]
+            tested, by_curves = EVIDENCE["cosine"], EVIDENCE["cosine_whole_curve"]
             sentences.append(
                 f"Under cosine decay in SmolLM2-135M such ranges held {tested['in_stated_range']} of "
-                f"{tested['ratios']} ratios of best rates: there they are too narrow."
+                f"{tested['ratios']} ratios of best rates by the lowest losses and {by_curves['in_stated_range']} by "
+                "whole curves: there they may be too narrow."
             )
     return sentences
 
