@@ -319,16 +319,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=PUBLISHED / "steps_policies")
     folder = parser.parse_args().out
     folder.mkdir(parents=True, exist_ok=True)
-    exponents = {}
+    exponents, own_of = {}, {}
     for name, best_rate in (("whole curve", whole_curve), ("three points", three_points)):
         pairs = all_pairs(best_rate)
         scanned = scan(pairs)
         own = own_exponents(pairs, scanned)
+        own_of[name] = own
         fitted = pd.DataFrame({"model": "all models", "way": way, "power": p} for way, p in ways(scanned, own).items())
         exponents[name] = pd.concat([own, fitted]).assign(estimator=name)
     # The tables of regret have the tuned rates of a user, who has no more than the lowest losses.
     policies = judged(pairs, scanned, own)
-    tables = {"scan": scanned, "policies": policies, "summary": summarise(policies, own, exponents["whole curve"])}
+    tables = {"scan": scanned, "policies": policies, "summary": summarise(policies, own, own_of["whole curve"])}
     tables["two_terms"] = two_terms()
     tables["coverage"] = coverage(pairs, scanned, own, chosen_way(policies))
     tables["exponents"] = pd.concat(exponents.values())

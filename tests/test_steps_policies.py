@@ -132,3 +132,12 @@ def test_a_loss_of_two_terms_has_the_exponent_that_one_rate_gives(steps, power, 
     assert row["fall"] == pytest.approx(power, rel=1e-9)
     assert row["two_terms"] == pytest.approx(exponent, rel=1e-9)
     assert row["measured"] == pytest.approx(exponent, abs=0.02)
+
+
+def test_the_summary_has_each_models_exponent_by_both_estimators(steps):
+    published = steps.PUBLISHED / "steps_policies"
+    summary = pd.read_csv(published / "summary.csv").set_index("model").drop("all models")
+    table = pd.read_csv(published / "exponents.csv").query("way == 'mean exponent' and model != 'all models'")
+    exponents = table.pivot(index="model", columns="estimator", values="power").loc[summary.index]
+    np.testing.assert_allclose(summary["exponent"], exponents["three points"], rtol=1e-12)
+    np.testing.assert_allclose(summary["exponent_whole_curve"], exponents["whole curve"], rtol=1e-12)
