@@ -45,10 +45,6 @@ class TransferOptions(TransferConfig):
     """Tuned setting, new rank, and an optional check on a model."""
 
     from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-    """Folder of a saved adapter, its adapter_config.json, or the YAML of Axolotl or LLaMA-Factory. It provides
-    --from-rank, --alpha, --rule, --init and --targets, and in YAML --lr and --optimizer, which must not be set to other
-    values, and the other entries of the LoraConfig. In YAML it also provides --steps and --schedule for --to-steps and
-    --to-schedule"""
     write: Path | None = None
     """New file, in the format of --from, with the advised rank, alpha, rule and learning rate, and with --to-steps and
     --to-schedule; other keys are kept"""

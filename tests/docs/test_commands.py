@@ -3,9 +3,11 @@
 import importlib
 import re
 import shlex
+import textwrap
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from support.commands import options_class
 
@@ -80,3 +82,18 @@ def test_commands_in_sentences_exist_with_their_options(page, capsys) -> None:
             cli.parse(options, ["--help"], description="")
         known = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
         assert {word for word in words if word.startswith("--")} <= known, command
+
+
+def test_the_skeleton_of_an_experiment_runs_and_refuses_bad_options(tmp_path: Path, monkeypatch) -> None:
+    page = (ROOT / "docs" / "extend" / "add-an-experiment.md").read_text()
+    (code,) = re.findall(r"^    ```python\n(.*?)^    ```", page, re.DOTALL | re.MULTILINE)
+    (tmp_path / "my_experiment.py").write_text(textwrap.dedent(code))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    experiment = importlib.import_module("my_experiment")
+    for words in (["--ranks", "0"], ["--seed", "-1"], ["--seed", "4294967296"]):
+        with pytest.raises(SystemExit) as stopped:
+            experiment.main([*words, "--out", str(tmp_path / "run")])
+        assert stopped.value.code == 2
+    assert not (tmp_path / "run").exists()
+    experiment.main(["--ranks", "4", "16", "--out", str(tmp_path / "run")])
+    assert list(pd.read_csv(tmp_path / "run" / "results.csv")["rank"]) == [4, 16]
