@@ -264,7 +264,6 @@ def batch_exponent(estimator: str = "three points") -> tuple[float, float, str]:
 
 def whole_curve_values() -> dict[str, float]:
     """Return the constants whose best rates come from the whole curve, in place of the three lowest losses."""
-
     ratios = pd.read_csv(PUBLISHED / "horizon_cosine" / "ratios.csv")
     ratios = ratios.query("loss_on == 'all' and estimate == 'whole curve' and compared_with == 'schedule constant'")
     cosine = ratios[ratios["step"] >= MIN_STEPS]["ratio"]

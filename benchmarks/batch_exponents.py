@@ -33,11 +33,11 @@ def published_rows() -> list[dict[str, object]]:
     table = pd.read_csv(PUBLISHED / "horizon_batch_32" / "ratios.csv").query("loss_on == 'all'")
     table = table[(table["step"] == STEPS) & (table["compared_with"] == "batch_size 4")]
     pair = {"from_batch": 4, "to_batch": 32, "rank": 8, "gain": 64.0, "schedule": "constant"}
-    return [
-        pair | {"estimator": row.estimate, "exponent": math.log(row.ratio) / math.log(8)}
-        | {"half_width": math.log(row.high / row.low) / 2 / math.log(8), "seeds": 1}
-        for row in table.itertuples()
-    ]  # fmt: skip
+    rows, octaves = [], math.log2(32 / 4)
+    for published in table.itertuples():
+        row = pair | {"estimator": published.estimate, "exponent": math.log2(published.ratio) / octaves}
+        rows.append(row | {"half_width": math.log2(published.high / published.low) / 2 / octaves, "seeds": 1})
+    return rows
 
 
 def exponent_rows(small: int, first: Curve, large: int, second: Curve) -> list[dict[str, object]]:

@@ -49,12 +49,11 @@ from rora_theory.advice.best_rate import Run
 from rora_theory.advice.constants import CONSTANTS
 from rora_theory.evidence.policies import RateFactor, displacement_law, power_of_gain, with_rank
 from rora_theory.lab.finetune.config import LossOn
-from rora_theory.lab.sweep.curves import curves_at
+from rora_theory.lab.sweep.curves import ESTIMATORS, curves_at
 from rora_theory.lab.sweep.regret import RatePolicy, policies
 from rora_theory.lab.sweep.runs import SweepRun, read_runs, read_tokens
 from rora_theory.optimizers import Schedule
 from rora_theory.runs import frames
-from rora_theory.stats.curve_optima import whole_curve_log2_rates
 from rora_theory.stats.estimate import Estimate, over_seeds
 from rora_theory.stats.rate_curves import Curve
 from rora_theory.stats.regret import regret
@@ -172,8 +171,8 @@ def best_rows(curves: Mapping[int, Curves]) -> pd.DataFrame:
     rows = []
     for seed, by_key in curves.items():
         for setting, curve in by_key.items():
-            estimates = {"whole curve": whole_curve_log2_rates((1.0,), curve), "three points": curve.log2_optimum}
-            for name, logs in estimates.items():
+            for name, compute in ESTIMATORS.items():
+                logs = compute((1.0,), curve)
                 row = {"estimator": name, "seed": seed} | vars(setting) | {"setting": setting.name}
                 row |= {"best_rate": 2**logs.value, "log2_error": logs.known_error}
                 rows.append(row | {"edge": curve.edge, "lowest_loss": float(curve.losses.min())})

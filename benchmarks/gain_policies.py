@@ -25,6 +25,7 @@ model, as the rule first said, that model would no longer be a test. The second 
 """
 
 import argparse
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -104,21 +105,29 @@ def published_pairs(folder: str, steps: Iterable[int]) -> list[Pair]:
     return [pair for step in steps for pair in pairs_of(read_curves(PUBLISHED / folder, step))]
 
 
-def seeded_pairs(design: str, schedule: str, folder: Path, seeds: Iterable[int] | None = None) -> list[Pair]:
-    """Return the pairs of seeds of a grid of `gain_grid`, by default of those that count, at the last number of steps.
+@functools.cache
+def seed_curves(design: str, *folders: str) -> dict[int, gain_laws.Curves]:
+    """Return the curves of every seed of a grid of `gain_grid` from its published folders."""
+    return dict(gain_laws.read_seeds([PUBLISHED / folder for folder in folders], DESIGNS[design]))
+
+
+def seeded_pairs(design: str, schedule: str, *folders: str, is_later: bool = False) -> list[Pair]:
+    """Return the pairs of the seeds that count, or of the later ones, at the last number of steps.
 
     Both settings of a pair have batches of one size.
     """
-    pairs = []
-    for seed in FITTED_SEEDS.get(design, DESIGNS[design].seeds) if seeds is None else seeds:
-        curves = gain_laws.read_curves(folder / f"seed_{seed}", DESIGNS[design])
-        last = DESIGNS[design].steps(schedule)
-        pairs += pairs_of(
+    counted = FITTED_SEEDS.get(design, DESIGNS[design].seeds)
+    last = DESIGNS[design].steps(schedule)
+    return [
+        pair
+        for seed, curves in seed_curves(design, *folders).items()
+        if (seed in counted) != is_later
+        for pair in pairs_of(
             curve
             for key, curve in curves.items()
             if (key.schedule, key.steps, key.batch_size) == (schedule, last, BATCH_SIZE)
         )
-    return pairs
+    ]
 
 
 def all_pairs(external: Path | None) -> dict[str, dict[str, list[Pair]]]:
@@ -133,15 +142,11 @@ def all_pairs(external: Path | None) -> dict[str, dict[str, list[Pair]]]:
             ],
         },
         "Gemma 3 270M": {"constant": published_pairs("horizon_gemma", (64,))},
-        "small model": {
-            schedule: seeded_pairs("small", schedule, PUBLISHED / "small_models") for schedule in SCHEDULES
-        },
-        "second small model": {
-            schedule: seeded_pairs("medium", schedule, PUBLISHED / "medium_model") for schedule in SCHEDULES
-        },
+        "small model": {schedule: seeded_pairs("small", schedule, "small_models") for schedule in SCHEDULES},
+        "second small model": {schedule: seeded_pairs("medium", schedule, "medium_model") for schedule in SCHEDULES},
     }
     for model, name in (("SmolLM2-135M", "smollm2"), ("Gemma 3 270M", "gemma")):
-        pairs[model]["constant, new data"] = seeded_pairs(name, "constant", PUBLISHED / "gain_seeds" / name)
+        pairs[model]["constant, new data"] = seeded_pairs(name, "constant", f"gain_seeds/{name}")
     if external is not None:
         (sweep,) = load_sweeps("qwen2.5-7b", external)
         pairs["Qwen2.5-7B"] = {"alpha = r": pairs_of(fit.curve for fit in sweep.fits if fit.is_inside)}
@@ -154,31 +159,18 @@ def all_pairs(external: Path | None) -> dict[str, dict[str, list[Pair]]]:
 
 def later_pairs() -> dict[str, dict[str, list[Pair]]]:
     """Return the pairs of the runs that came after the constants, by model and set of runs."""
-    seeds = PUBLISHED / "gain_seeds"
-    later = [seed for seed in DESIGNS["gemma"].seeds if seed not in FITTED_SEEDS["gemma"]]
-    later = [seed for seed in later if (seeds / "gemma" / f"seed_{seed}").exists()]
-    long_runs = []
-    for seed in DESIGNS["long_gains"].seeds:
-        curves = [
-            curve
-            for design in ("small_long", "long_gains")
-            for key, curve in gain_laws.read_curves(PUBLISHED / design / f"seed_{seed}", DESIGNS[design]).items()
-            if (key.schedule, key.steps) == ("constant", DESIGNS["long_gains"].steps("constant"))
-        ]
-        long_runs += pairs_of(curves)
-    pairs = {
-        "SmolLM2-135M": {"cosine": seeded_pairs("smollm2", "cosine", seeds / "smollm2")},
+    return {
+        "SmolLM2-135M": {"cosine": seeded_pairs("smollm2", "cosine", "gain_seeds/smollm2")},
         "Gemma 3 270M": {
-            "constant, later seeds": seeded_pairs("gemma", "constant", seeds / "gemma", later),
-            "cosine": seeded_pairs("gemma", "cosine", seeds / "gemma"),
+            "constant, later seeds": seeded_pairs("gemma", "constant", "gain_seeds/gemma", is_later=True),
+            "cosine": seeded_pairs("gemma", "cosine", "gain_seeds/gemma"),
         },
         "small model": {
-            "other ranks, constant": seeded_pairs("small_more", "constant", PUBLISHED / "small_more"),
-            "other ranks, cosine": seeded_pairs("small_more", "cosine", PUBLISHED / "small_more"),
-            "4,096 steps": long_runs,
+            "other ranks, constant": seeded_pairs("small_more", "constant", "small_more"),
+            "other ranks, cosine": seeded_pairs("small_more", "cosine", "small_more"),
+            "4,096 steps": seeded_pairs("long_gains", "constant", "small_long", "long_gains"),
         },
     }
-    return {model: {name: rows for name, rows in sets.items() if rows} for model, sets in pairs.items()}
 
 
 def power(exponent: float) -> RateFactor:

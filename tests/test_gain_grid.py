@@ -211,7 +211,7 @@ def test_later_seeds_are_no_part_of_the_constants():
     for gain in (4.0, 2048.0):
         assert ours[gain] == pytest.approx(math.log(best.loc[gain, "best_rate"]), rel=1e-12)
     # All ordered pairs of the four G of one seed.
-    assert len(policies.seeded_pairs("gemma", "constant", folder)) == 4 * 3
+    assert len(policies.seeded_pairs("gemma", "constant", "gain_seeds/gemma")) == 4 * 3
 
 
 def test_later_runs_are_judged_with_constants_of_other_models_and_enter_no_other_table():

@@ -408,11 +408,9 @@ def test_the_cost_is_the_published_regret() -> None:
 def test_ranges_under_cosine_decay_are_said_to_be_narrow() -> None:
     tested = EVIDENCE["cosine"]
     remark = f"held {tested['in_stated_range']} of {tested['ratios']} ratios"
-    by_whole_curves = EVIDENCE["cosine_whole_curve"]["in_stated_range"]
-    assert (
-        f"and {by_whole_curves} by whole curves" in transfer(Setting(16, 32.0, 2e-4), 128, schedule="cosine").sentence()
-    )
+    by_whole_curves = f"and {EVIDENCE['cosine_whole_curve']['in_stated_range']} by whole curves"
     old = Setting(16, 32.0, 2e-4)
+    assert by_whole_curves in transfer(old, 128, schedule="cosine").sentence()
     assert remark in transfer(old, 128, schedule="cosine").sentence()
     assert remark in transfer(old, 128, schedule="constant", to_schedule="cosine").sentence()
     assert remark not in transfer(old, 128, schedule="linear").sentence()
