@@ -141,20 +141,20 @@ LONG = (Setting(8, 32.0, "constant", 4096),)
 LONGER = (Setting(8, 32.0, "constant", 16384), Setting(8, 32.0, "cosine", 4096))
 REFERENCE_STEPS = (Setting(8, 32.0, "constant", 1024),)
 LONG_GAINS = tuple(Setting(8, gain, "constant", 4096) for gain in (4.0, 256.0))
-LONG_RANKS = (Setting(64, 32.0, "constant", 4096),)
+LONG_RANKS = tuple(Setting(64, gain, "constant", 4096) for gain in (32.0, 4.0, 256.0))
 AT_RANK_8 = tuple(setting for setting in SMALL_REDUCED if setting.rank == REFERENCE_RANK)
 GAINS = tuple(Setting(8, gain, "constant", 64) for gain in (32.0, 4.0, 256.0, 2048.0))
 DECAY = tuple(Setting(8, gain, "cosine", 256) for gain in (32.0, 256.0))
 DESIGNS = {
     "small": Design("gain_grid_small.yaml", SMALL_REDUCED, (), SMALL_REDUCED, (64, 256, 1024), 5, (0, 1, 2, 3, 4)),
     "small_more": Design(
-        "gain_grid_small.yaml", (*RSLORA, *RANKS), BATCHES, RANKS, (1024,), 5, (0, 1, 2), rate_ratio=10 ** (1 / 4)
+        "gain_grid_small.yaml", (*RSLORA, *RANKS), BATCHES, RANKS, (1024,), 5, (0, 1, 2, 3, 4), rate_ratio=10 ** (1 / 4)
     ),
     "medium": Design(
         "gain_grid_small.yaml", AT_RANK_8, (), AT_RANK_8, (64, 256, 1024), 5, (0, 1, 2), rate_ratio=10 ** (3 / 8)
     ),
     "small_long": Design(
-        "gain_grid_long.yaml", LONG, LONGER, LONG, (64, 256, 1024, 4096, 16384), 6, (0, 1, 2), rate_ratio=2.0
+        "gain_grid_long.yaml", LONG, LONGER, LONG, (64, 256, 1024, 4096, 16384), 6, (0, 1, 2, 3, 4), rate_ratio=2.0
     ),
     "long_gains": Design(
         "gain_grid_long.yaml",
@@ -163,7 +163,7 @@ DESIGNS = {
         LONG_GAINS + LONG_RANKS,
         (4096,),
         5,
-        (0, 1, 2),
+        (0, 1, 2, 3, 4),
         rate_ratio=10 ** (1 / 4),
     ),
     "smollm2_long": Design(
@@ -362,29 +362,26 @@ def predict(args: argparse.Namespace) -> None:
     rows = []
 
     for setting in design.compared:
-        place = Setting(REFERENCE_RANK, REFERENCE_GAIN, setting.schedule, setting.steps).name, setting.name
         if setting.gain != REFERENCE_GAIN:
+            change = "G" if setting.rank == REFERENCE_RANK else f"G at rank {setting.rank}"
+            place = setting.schedule, change, replace(setting, gain=REFERENCE_GAIN).name, setting.name
             displaced = [
                 best_rate_factor(REFERENCE_GAIN, setting.gain, displacement_constant=constant)
                 for constant in (middle, low, high)
             ]
-            rows.append(prediction(setting.schedule, "G", *place, "displacement law, c = 1", displaced))
+            rows.append(prediction(*place, "displacement law, c = 1", displaced))
             if args.design in ("medium", "long_gains"):
                 K = CONSTANTS["displacement_constant"].value
                 by_advice = best_rate_factor(REFERENCE_GAIN, setting.gain, displacement_constant=K)
-                rows.append(prediction(setting.schedule, "G", *place, "displacement law, K of the advice", [by_advice]))
+                rows.append(prediction(*place, "displacement law, K of the advice", [by_advice]))
             for law, exponent in (("G^-0.75", 0.75), ("square root", 0.5), ("first step", 1.0)):
-                rows.append(
-                    prediction(setting.schedule, "G", *place, law, [(REFERENCE_GAIN / setting.gain) ** exponent])
-                )
+                rows.append(prediction(*place, law, [(REFERENCE_GAIN / setting.gain) ** exponent]))
         if setting.rank != REFERENCE_RANK:
             ratio = setting.rank / REFERENCE_RANK
-            rows.append(
-                prediction(
-                    setting.schedule, "rank", *place, "r^0.15", [ratio**exponent for exponent in (0.15, 0.1, 0.2)]
-                )
-            )
-            rows.append(prediction(setting.schedule, "rank", *place, "keep the rate", [1.0]))
+            change = "rank" if setting.gain == REFERENCE_GAIN else "rank at one G"
+            place = setting.schedule, change, replace(setting, rank=REFERENCE_RANK).name, setting.name
+            rows.append(prediction(*place, "r^0.15", [ratio**exponent for exponent in (0.15, 0.1, 0.2)]))
+            rows.append(prediction(*place, "keep the rate", [1.0]))
     smaller = {}
     if args.design == "medium":
         best = mean_best_rates(PUBLISHED / "small_models")[REFERENCE_RANK, REFERENCE_GAIN, "constant"]
