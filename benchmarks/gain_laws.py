@@ -47,10 +47,16 @@ from sweep_folders import DRAWS, mean_regrets
 
 from rora_theory.advice.best_rate import Run
 from rora_theory.advice.constants import CONSTANTS
-from rora_theory.evidence.policies import RateFactor, displacement_law, power_of_gain, with_rank
+from rora_theory.evidence.policies import (
+    RateFactor,
+    RatePolicy,
+    displacement_law,
+    measured_policies,
+    power_of_gain,
+    with_rank,
+)
 from rora_theory.lab.finetune.config import LossOn
 from rora_theory.lab.sweep.curves import ESTIMATORS, curves_at
-from rora_theory.lab.sweep.regret import RatePolicy, policies
 from rora_theory.lab.sweep.runs import SweepRun, read_runs, read_tokens
 from rora_theory.optimizers import Schedule
 from rora_theory.runs import frames
@@ -328,7 +334,7 @@ def regret_rows(
 
 def carrying_policies(steps: int, constant: float) -> dict[str, RatePolicy]:
     """Return the policies of the sweeps, those in G with the power law of the rank, and the root of the batch size."""
-    by_name = policies({steps: constant})
+    by_name = measured_policies({steps: constant})
     del by_name["displacement and steps"]  # no number of steps changes here
     rank_exponent = CONSTANTS["rank_exponent"].value
 

@@ -62,6 +62,11 @@ ANALYSIS = "tests/lab/sweep/test_analysis.py"
 ESTIMATES = f"tests/lab/sweep/test_rate_estimates.py {ANALYSIS}"
 
 SWEEP = {
+    "policies": ("rora_theory/evidence/policies.py", f"tests/evidence/test_regrets.py {ANALYSIS}"),
+    "policy_regrets": (
+        "rora_theory/evidence/regrets.py",
+        f"tests/evidence/test_regrets.py tests/lab/sweep/test_regret.py {ANALYSIS}",
+    ),
     "sweep_analysis": ("rora_theory/lab/sweep/analysis.py", ESTIMATES),
     "sweep_change_parts": (
         "rora_theory/lab/sweep/change_parts.py",

@@ -474,33 +474,33 @@ SWEEP_FAULTS = [
         "pairs with an edge are counted in the summary",
     ),
     Fault(
-        f"{SWEEP}/regret.py",
+        "rora_theory/evidence/policies.py",
         "carry_rate(rate, old, new).best",
         "carry_rate(rate, Run(old.rank, old.gain), Run(new.rank, new.gain)).best",
         "the policy of the advice ignores the number of steps",
     ),
     Fault(
-        f"{SWEEP}/regret.py",
+        "rora_theory/evidence/policies.py",
         "key=lambda steps: abs(math.log(steps / _steps(old))))",
         "key=lambda steps: abs(steps - _steps(old)))",
         "the nearest number of steps is not the nearest in log",
     ),
     Fault(
-        f"{SWEEP}/regret.py",
+        "rora_theory/evidence/policies.py",
         "(_steps(new) / _steps(old)) ** -0.5",
         "(_steps(new) / _steps(old)) ** 0.5",
         "the rate of the policy displacement and steps rises with the steps",
     ),
     Fault(
         f"{SWEEP}/regret.py",
-        "if new == old or new.rank < old.rank or _steps(new) < _steps(old):",
-        "if new == old or new.rank < old.rank:",
+        "return new.rank >= old.rank and (new.steps or 0) >= (old.steps or 0)",
+        "return new.rank >= old.rank",
         "a rate is carried to shorter runs",
     ),
     Fault(
         f"{SWEEP}/regret.py",
-        "target = measured.covering(new, rate) or all_seeds",
-        "target = all_seeds",
+        "return self._covering[condition, seeds] or self.curves[condition]",
+        "return self.curves[condition]",
         "a rate that some seeds ran is a bound of all",
     ),
     Fault(
@@ -510,9 +510,9 @@ SWEEP_FAULTS = [
         "an edge of the curve on which the rate was tuned is forgotten",
     ),
     Fault(
-        f"{SWEEP}/regret.py",
+        "rora_theory/evidence/regrets.py",
         'int(pairs["is_lower_bound"].sum())',
-        'int(pairs["is_edge"].sum())',
+        "0",
         "lower bounds are not named in the summary",
     ),
     Fault(

@@ -26,8 +26,8 @@ import pandas as pd
 from sweep_folders import best_row, mean_regrets, read_curves
 
 from rora_theory.advice.best_rate import Run, carry_rate
+from rora_theory.evidence.policies import measured_policies
 from rora_theory.lab.sweep.curves import ESTIMATORS
-from rora_theory.lab.sweep.regret import policies
 from rora_theory.runs import frames
 from rora_theory.stats.estimate import over_seeds
 from rora_theory.stats.rate_curves import Curve
@@ -102,7 +102,7 @@ def regret_rows(change: str, tuned: Curve, target: Curve, constant: float) -> li
     if tuned.edge or target.edge:
         return []
     old, new = (Run(curve.rank, curve.gain, STEPS) for curve in (tuned, target))
-    named = policies({STEPS: constant})
+    named = measured_policies({STEPS: constant})
     rows: list[dict[str, Any]] = []
     for policy, rate_of in named.items():
         cost = regret(tuned, target, partial(rate_of, old, new))

@@ -19,13 +19,13 @@ FLOOR = 1e-5
 
 LABELS = {
     "keep the rate": "keep the rate",
-    "1/G": "rate / G",
-    "G^-0.5": r"rate $\cdot\ G^{-1/2}$",
+    "first step": "rate / G",
+    "square root": r"rate $\cdot\ G^{-1/2}$",
     "G^-0.75": r"rate $\cdot\ G^{-3/4}$",
-    "Adam's first step": "first step's size",
+    "step with cross-talk": "first step's size",
     "displacement law": "displacement law",
     "law with cross-talk": "displacement law\nwith cross-talk",
-    "rora transfer": "rora transfer",
+    "advice": "rora transfer",
     LEFT_OUT: "rora transfer,\nmodel left out",
 }
 """Labels of the policies, in the order of their rows."""

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 NAME = "evidence"
 
-ADVICE, KEEP = "rora transfer", "keep the rate"
+ADVICE, KEEP = "advice", "keep the rate"
 
 
 @dataclass(frozen=True)

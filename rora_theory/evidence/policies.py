@@ -1,4 +1,4 @@
-"""Policies that carry a tuned learning rate to another rank and G = gamma r, and formulas for an absolute rate."""
+"""Policies that carry a tuned learning rate to another rank, G = gamma r or number of steps, and absolute rates."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +9,11 @@ from rora_theory.advice.constants import CONSTANTS
 from rora_theory.advice.setting import rank_growth
 from rora_theory.evidence.best_rates import estimate_exponent
 from rora_theory.evidence.sweeps import Sweep
+from rora_theory.laws import constant_gradient
 from rora_theory.laws.displacement import best_rate_factor
+
+RatePolicy = Callable[[Run, Run, float], float]
+"""Learning rate for the new run, from the old run, the new one and the rate tuned in the old one."""
 
 RateFactor = Callable[[int, float, int, float], float]
 """Factor of the best rate, from the old rank, the old G = gamma r, the new rank and the new G."""
@@ -24,6 +28,11 @@ It is 9.2 to 10.6 in SmolLM2-135M and Gemma 3 270M, on training and held-out bat
 
 RangedRateFactor = Callable[[int, float, int, float], RateRange]
 """Factor of the best rate with its range, from the arguments of `RateFactor`."""
+
+
+def carrying(factor: RateFactor) -> RatePolicy:
+    """Return the policy that multiplies the tuned rate by a factor."""
+    return lambda old, new, rate: rate * factor(old.rank, old.gain, new.rank, new.gain)
 
 
 def power_of_gain(power: float) -> RateFactor:
@@ -93,29 +102,35 @@ def advised_range(old_rank: int, old_gain: float, rank: int, gain: float) -> Rat
 
 POLICIES: Mapping[str, RateFactor] = {
     "keep the rate": power_of_gain(0.0),
-    "1/G": power_of_gain(-1.0),
-    "G^-0.5": power_of_gain(-0.5),
+    "first step": power_of_gain(-1.0),
+    "square root": power_of_gain(-0.5),
     "G^-0.75": power_of_gain(-0.75),
-    "Adam's first step": first_step_with_cross_talk(),
+    "step with cross-talk": first_step_with_cross_talk(),
     "displacement law": displacement_law(),
     "law with cross-talk": with_crossing_rank(displacement_law()),
-    "rora transfer": advised,
+    "advice": advised,
 }
-"""Policies without a constant that was fitted to public sweeps, by name."""
+"""Policies without a constant that was fitted to public sweeps, by name.
 
-LEFT_OUT = "transfer, left out"
+The first step without cross-talk is proportional to G. ``advice`` is the rate of `rora_theory.transfer`.
+"""
+
+LEFT_OUT = "advice, left out"
 """Name of the advice whose exponent in the rank was fitted without the model that is judged."""
 
 ORIGINS: Mapping[str, str] = {
     "keep the rate": "none",
-    "1/G": "none",
-    "G^-0.5": "none",
+    "first step": "none",
+    "square root": "none",
     "G^-0.75": "the power was chosen after the runs of SmolLM2-135M",
-    "Adam's first step": "crossing rank of SmolLM2-135M and Gemma 3 270M",
+    "step with cross-talk": "crossing rank of SmolLM2-135M and Gemma 3 270M",
     "displacement law": "K of our three models",
     "law with cross-talk": "K of our three models; crossing rank of SmolLM2-135M and Gemma 3 270M",
-    "rora transfer": "K of our three models; the rank's power of Tinker's models",
+    "displacement": "K of the runs that are judged",
+    "displacement and steps": "K of the runs that are judged; the power -1/2 of the steps is that of a random walk",
+    "advice": "K of three of our models and the steps' power of four; the rank's power of 14 public models",
     LEFT_OUT: "K of our three models; the rank's power of Tinker's other models",
+    "constant gradient": "crossing distance of the model's first step",
 }
 """Where the constants of each policy come from."""
 
@@ -136,6 +151,52 @@ def policies_for(sweep: Sweep, others: Sequence[Sweep]) -> dict[str, RateFactor]
     left = [other for other in others if other.model != sweep.model]
     fitted, _, _ = estimate_exponent(left, ranks=(FIRST_RANK, math.inf))
     return {**POLICIES, LEFT_OUT: with_rank(POLICIES["displacement law"], fitted.value)}
+
+
+def measured_policies(
+    constants: Mapping[int, float], *, crossing_distance: float | None = None
+) -> dict[str, RatePolicy]:
+    """Return the policies that are compared on runs of a model that were measured themselves, by name.
+
+    Args:
+      constants: Displacement constant K of the model by number of steps; the nearest number in log is used. If empty,
+        the policies of the displacement law with a measured constant are left out.
+      crossing_distance: Median crossing distance of the model's modules; None leaves the constant-gradient law out.
+
+    Returns:
+      Policies that leave the rate alone when the number of steps changes (``keep the rate``, ``first step``,
+      ``square root``, ``G^-0.75``, ``displacement``, ``constant gradient``), ``displacement and steps``, and
+      ``advice``: the rate of `rora_theory.transfer`, whose constants are the default ones and not those of the runs.
+    """
+
+    # The displacement law, with the constant measured at about this number of steps.
+    def displacement_rate(old: Run, new: Run, rate: float) -> float:
+        # A number of steps without a constant uses that of the nearest one.
+        steps = min(constants, key=lambda steps: abs(math.log(steps / _steps(old))))
+        return carrying(displacement_law(constants[steps]))(old, new, rate)
+
+    # The displacement law, with the random walk's exponent in the steps.
+    def displacement_and_steps_rate(old: Run, new: Run, rate: float) -> float:
+        return displacement_rate(old, new, rate) * (_steps(new) / _steps(old)) ** -0.5
+
+    # The law of a constant gradient: the change at the horizon stays the same. rate * steps / crossing_distance is the
+    # ratio of the A part to the B part at the old horizon.
+    def constant_gradient_rate(old: Run, new: Run, rate: float) -> float:
+        assert crossing_distance is not None
+        return rate * constant_gradient.rate_factor(new.gain / old.gain, rate * _steps(old) / crossing_distance)
+
+    powers = ("keep the rate", "first step", "square root", "G^-0.75")
+    by_name = {name: carrying(POLICIES[name]) for name in powers}
+    if constants:
+        by_name |= {"displacement": displacement_rate, "displacement and steps": displacement_and_steps_rate}
+    # The rate that `rora_theory.transfer` returns does not depend on a schedule that both runs share.
+    by_name["advice"] = lambda old, new, rate: carry_rate(rate, old, new).best
+    return by_name if crossing_distance is None else by_name | {"constant gradient": constant_gradient_rate}
+
+
+def _steps(run: Run) -> int:
+    assert run.steps is not None, "a measured run has a number of steps"
+    return run.steps
 
 
 def cookbook_rate(model: str, hidden_size: int) -> float | None:

@@ -1,4 +1,4 @@
-"""Regret of policies on public sweeps: what it costs to carry a best rate from one rank and G to another.
+"""Regret of policies: what it costs to carry a best rate from one rank, G and number of steps to another.
 
 The regret is the loss at the policy's rate, interpolated on the measured curve, minus the lowest measured loss. It is
 never extrapolated: outside of a grid it is a lower bound, and a rate at which runs diverged is lost.
@@ -6,15 +6,15 @@ never extrapolated: outside of a grid it is a lower bound, and a rate at which r
 
 import itertools
 import math
-import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from rora_theory.evidence.policies import ORIGINS, RateFactor
-from rora_theory.evidence.sweeps import BestRateFit, Sweep
+from rora_theory.advice.best_rate import Run
+from rora_theory.evidence.policies import ORIGINS, RateFactor, RatePolicy, carrying
+from rora_theory.evidence.sweeps import Sweep
 from rora_theory.runs import frames
 from rora_theory.stats.estimate import jackknife
 from rora_theory.stats.rate_curves import Curve
@@ -56,6 +56,55 @@ def lands_on_diverged(curve: Curve, learning_rate: float) -> bool:
     return not np.isfinite(curve.losses[:, nearest]).all()
 
 
+class CarriedRate(NamedTuple):
+    """A tuned rate that a policy carries to another run.
+
+    Attributes:
+      old: Run for which the rate was tuned.
+      new: Run to which it is carried.
+      policy: Name of the policy.
+      target: Curve of the new run on which the regret is measured.
+      cost: Regret of the carried rate.
+      is_repeated: Whether an earlier policy gives the same rate, as all powers of G do at one G.
+    """
+
+    old: Run
+    new: Run
+    policy: str
+    target: Curve
+    cost: Regret
+    is_repeated: bool
+
+
+def carry_between(
+    curves: Mapping[Run, Curve],
+    policies: Mapping[str, RatePolicy],
+    *,
+    target_at: Callable[[Run, float], Curve] | None = None,
+    is_pair: Callable[[Run, Run], bool] = lambda old, new: True,
+) -> Iterator[CarriedRate]:
+    """Compute the regret of every policy between all pairs of measured runs.
+
+    Args:
+      curves: Loss against learning rate of each run.
+      policies: Policies by name.
+      target_at: Function that returns the curve of a new run on which a learning rate is judged; by default that of
+        ``curves``.
+      is_pair: Function that returns whether rates are carried from one run to another.
+    """
+    for old, new in itertools.permutations(curves, 2):
+        if not is_pair(old, new):
+            continue
+        judged: dict[float, tuple[Curve, Regret]] = {}
+        for name, policy in policies.items():
+            rate = policy(old, new, curves[old].best_rate)
+            is_repeated = any(math.isclose(rate, other, rel_tol=1e-9) for other in judged)
+            if rate not in judged:
+                target = target_at(new, rate) if target_at else curves[new]
+                judged[rate] = target, regret(curves[old], target, partial(policy, old, new))
+            yield CarriedRate(old, new, name, *judged[rate], is_repeated)
+
+
 def regret_table(sweeps: Sequence[Sweep], policies: Callable[[Sweep], Mapping[str, RateFactor]]) -> "pd.DataFrame":
     """Compute the regret of every policy between all settings of a model.
 
@@ -72,29 +121,48 @@ def regret_table(sweeps: Sequence[Sweep], policies: Callable[[Sweep], Mapping[st
     """
     rows: Rows = []
     for sweep in sweeps:
-        by_name = policies(sweep)
-        for old, new in itertools.permutations(sweep.fits, 2):
-            # Policies that agree, such as all powers of G at one G, share a regret.
-            by_factor: dict[float, Regret] = {}
-            for name, policy in by_name.items():
-                factor = policy(old.curve.rank, old.curve.gain, new.curve.rank, new.curve.gain)
-                if factor not in by_factor:
-                    by_factor[factor] = regret(old.curve, new.curve, partial(operator.mul, factor))
-                rows.append(_row(sweep, old, new, name, factor, by_factor[factor]))
+        by_name = {name: carrying(factor) for name, factor in policies(sweep).items()}
+        fits = {Run(fit.curve.rank, fit.curve.gain, sweep.steps): fit for fit in sweep.fits}
+        for carried in carry_between({run: fit.curve for run, fit in fits.items()}, by_name):
+            old, new, cost = carried.old, carried.new, carried.cost
+            is_lost = lands_on_diverged(carried.target, cost.learning_rate)
+            rows.append(
+                {"source": sweep.source, "model": sweep.model, "steps": sweep.steps}
+                | {"old_rank": old.rank, "old_gain": old.gain, "rank": new.rank, "gain": new.gain}
+                | {"policy": carried.policy, "factor": by_name[carried.policy](old, new, 1.0)}
+                | {"tuned_rate": fits[old].best_rate}
+                | cost.row()
+                | ({"regret": math.inf, "is_lower_bound": False} if is_lost else {})
+                | {"is_lost": is_lost, "old_place": fits[old].place, "place": fits[new].place}
+            )
     return frames.from_rows(rows, REGRET_COLUMNS)
 
 
-def _row(sweep: Sweep, old: BestRateFit, new: BestRateFit, policy: str, factor: float, cost: Regret) -> dict[str, Any]:
-    is_lost = lands_on_diverged(new.curve, cost.learning_rate)
-    return (
-        {"source": sweep.source, "model": sweep.model, "steps": sweep.steps}
-        | {"old_rank": old.curve.rank, "old_gain": old.curve.gain}
-        | {"rank": new.curve.rank, "gain": new.curve.gain}
-        | {"policy": policy, "factor": factor, "tuned_rate": old.best_rate}
-        | cost.row()
-        | ({"regret": math.inf, "is_lower_bound": False} if is_lost else {})
-        | {"is_lost": is_lost, "old_place": old.place, "place": new.place}
-    )
+def statistics_of(pairs: "pd.DataFrame", policy: str) -> dict[str, Any]:
+    """Return the statistics of the regret of one policy over pairs whose best rates lie inside their grids.
+
+    Args:
+      pairs: Rows of a table of regrets, at least one.
+      policy: Name of the policy.
+
+    Returns:
+      The number of ``pairs``; ``mean``, ``median`` and ``largest`` regret in nats per token, without the error of the
+      tuned rate; ``largest_error``, the standard error of the largest; ``largest_over_interval``, the largest regret
+      over the 95% intervals of the tuned rates; ``lower_bounds``, the number of pairs whose rate lies outside the
+      measured ones; and ``constants``, where those of the policy come from.
+    """
+    values = pairs["regret"].to_numpy(float)
+    worst = pairs.iloc[int(values.argmax())]
+    return {
+        "pairs": len(pairs),
+        "mean": float(values.mean()),
+        "median": float(np.median(values)),
+        "largest": float(worst["regret"]),
+        "largest_error": worst["standard_error"],
+        "largest_over_interval": float(pairs["high"].max()),
+        "lower_bounds": int(pairs["is_lower_bound"].sum()),
+        "constants": ORIGINS.get(policy, "not stated"),
+    }
 
 
 def summarise_regrets(costs: "pd.DataFrame") -> "pd.DataFrame":
@@ -105,12 +173,10 @@ def summarise_regrets(costs: "pd.DataFrame") -> "pd.DataFrame":
 
     Returns:
       A table with the columns `SUMMARY_COLUMNS`. ``pairs_of`` is a name of `SUBSETS`. Pairs whose best rates both lie
-      inside their grids count in ``pairs`` and in the statistics, in nats per token; ``mean_error`` is the jackknife's
-      standard error over models. They do not include the error of the tuned rate: ``largest_over_interval`` is the
-      largest regret over its 95% intervals. Lost pairs count as infinite. ``lower_bounds`` is the number of pairs with
-      a rate outside the measured ones, ``bound_pairs`` that of the pairs with a best rate that is only a bound, and
-      ``largest_at_bound`` their largest regret above the lowest measured loss. ``constants`` states where those of the
-      policy come from.
+      inside their grids count in ``pairs`` and in the statistics, see `statistics_of`; ``mean_error`` is the
+      jackknife's standard error over models. Lost pairs count as infinite. ``bound_pairs`` is the number of the pairs
+      with a best rate that is only a bound, and ``largest_at_bound`` their largest regret above the lowest measured
+      loss.
     """
     rows: Rows = []
     for (source, policy), of_policy in costs.groupby(["source", "policy"], sort=False) if len(costs) else ():
@@ -120,17 +186,16 @@ def summarise_regrets(costs: "pd.DataFrame") -> "pd.DataFrame":
             inside, at_bound = members[is_inside], members[~is_inside]
             if inside.empty:
                 continue
-            values = inside["regret"].to_numpy(float)
             by_model = [rows["regret"].to_numpy(float) for _, rows in inside.groupby("model", sort=False)]
             mean = jackknife(partial(_mean_over, by_model), len(by_model), "models")
+            values = inside["regret"].to_numpy(float)
             rows.append(
-                {"source": source, "pairs_of": subset, "policy": policy, "pairs": len(values), "models": len(by_model)}
-                | {"mean": mean.value, "mean_error": mean.known_error, "median": float(np.median(values))}
+                {"source": source, "pairs_of": subset, "policy": policy, "models": len(by_model)}
+                | statistics_of(inside, policy)
+                | {"mean": mean.value, "mean_error": mean.known_error}
                 # The order statistic above 90% of the pairs: interpolation would mix finite and infinite regrets.
-                | {"percentile_90": float(np.quantile(values, 0.9, method="higher")), "largest": float(values.max())}
-                | {"largest_over_interval": float(inside["high"].max())}
-                | {"lower_bounds": int(inside["is_lower_bound"].sum()), "lost": int(inside["is_lost"].sum())}
-                | {"bound_pairs": len(at_bound), "constants": ORIGINS.get(policy, "not stated")}
+                | {"percentile_90": float(np.quantile(values, 0.9, method="higher"))}
+                | {"lost": int(inside["is_lost"].sum()), "bound_pairs": len(at_bound)}
                 | {"largest_at_bound": float(at_bound["regret"].max()) if len(at_bound) else None}
             )
     return frames.from_rows(rows, SUMMARY_COLUMNS)

@@ -48,7 +48,7 @@ def calibration_table(sweeps: Sequence[Sweep]) -> "pd.DataFrame":
         result = calibrate(sweeps, advised_range)
     except InputError:  # no pair of best rates inside their grids
         return frames.from_rows([], CALIBRATION_COLUMNS)
-    row = {"source": sweeps[0].source, "policy": "rora transfer", "level": LEVEL, "pairs": result.pairs}
+    row = {"source": sweeps[0].source, "policy": "advice", "level": LEVEL, "pairs": result.pairs}
     row |= {"models": result.models, "share": result.share.value, "share_error": result.share.known_error}
     row |= {"share_with_errors": result.share_with_errors.value}
     row |= {"share_with_errors_error": result.share_with_errors.known_error}

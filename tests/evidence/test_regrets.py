@@ -9,13 +9,16 @@ import pytest
 from scipy.interpolate import PchipInterpolator
 
 from rora_theory import Setting, transfer
+from rora_theory.advice.best_rate import Run
 from rora_theory.evidence import sources
 from rora_theory.evidence.policies import (
     LEFT_OUT,
+    ORIGINS,
     POLICIES,
     advised_range,
     cookbook_rate,
     first_step_with_cross_talk,
+    measured_policies,
     policies_for,
     power_of_gain,
     with_rank,
@@ -38,9 +41,25 @@ def test_the_policies_are_the_stated_functions() -> None:
     assert best == pytest.approx(advice.learning_rate / 2e-4)
     assert low < best < high
     # A change there and back, and a path over a third setting.
-    factor = POLICIES["rora transfer"]
+    factor = POLICIES["advice"]
     assert factor(16, 16.0, 128, 128.0) * factor(128, 128.0, 16, 16.0) == pytest.approx(1)
     assert factor(16, 16.0, 32, 64.0) * factor(32, 64.0, 128, 128.0) == pytest.approx(factor(16, 16.0, 128, 128.0))
+
+
+def test_the_rates_of_the_policies_of_measured_runs() -> None:
+    """From G 16 to 64 at 100 to 400 steps: powers of the growth 4, and of the steps for the last."""
+    by_name = measured_policies({90: 0.0, 1000: 1e9}, crossing_distance=1e9)
+    old, new = Run(8, 16.0, 100), Run(8, 64.0, 400)
+    rates = {name: by_name[name](old, new, 1e-3) for name in by_name if name != "advice"}
+    expected = {"keep the rate": 1.0, "first step": 1 / 4, "square root": 1 / 2, "G^-0.75": 4**-0.75}
+    expected |= {"displacement": 1 / 4, "displacement and steps": 1 / 8, "constant gradient": 1 / 4}
+    assert rates == pytest.approx({name: 1e-3 * factor for name, factor in expected.items()})
+    assert {*by_name, *POLICIES, LEFT_OUT} == set(ORIGINS)
+    # The constant is that of the nearest number of steps in log.
+    late = Run(8, 16.0, 400)
+    assert by_name["displacement"](late, Run(8, 64.0, 400), 1e-3) > 4e-4
+    assert "displacement" not in measured_policies({})
+    assert "constant gradient" not in measured_policies({1: 1.0})
 
 
 def test_the_cookbook_formula_covers_two_families() -> None:
@@ -126,10 +145,10 @@ def test_the_published_means_by_an_independent_path(originals: Path) -> None:
     best = best[best["place"] == "inside"]
     first_look = {  # of the README beside the originals, where best rates are vertices in the loss itself
         ("tinker", "keep the rate"): 0.0008, ("qwen3-4b", "keep the rate"): 0.0036,
-        ("qwen2.5-7b", "keep the rate"): 0.0327, ("qwen2.5-7b", "1/G"): 0.0119,
-        ("qwen2.5-7b", "G^-0.5"): 0.0010, ("qwen2.5-7b", "G^-0.75"): 0.0026,
+        ("qwen2.5-7b", "keep the rate"): 0.0327, ("qwen2.5-7b", "first step"): 0.0119,
+        ("qwen2.5-7b", "square root"): 0.0010, ("qwen2.5-7b", "G^-0.75"): 0.0026,
     }  # fmt: skip
-    powers = {"keep the rate": 0.0, "1/G": -1.0, "G^-0.5": -0.5, "G^-0.75": -0.75}
+    powers = {"keep the rate": 0.0, "first step": -1.0, "square root": -0.5, "G^-0.75": -0.75}
     for (source, policy), expected in first_look.items():
         frame = pd.read_csv(original_path(source, originals))
         loss = "val_loss" if "val_loss" in frame else "test_nll"

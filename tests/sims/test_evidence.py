@@ -40,7 +40,7 @@ def test_the_public_sweeps_need_no_network(tmp_path: Path, monkeypatch: pytest.M
         for row in commands.rows(tmp_path / "run" / "policies.csv")
         if row["pairs_of"] == "all ranks"
     }
-    for key in (("tinker", "keep the rate"), ("tinker", "transfer, left out"), ("qwen2.5-7b", "rora transfer")):
+    for key in (("tinker", "keep the rate"), ("tinker", "advice, left out"), ("qwen2.5-7b", "advice")):
         assert f"{policies[key]:.4f}" in end
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["answer"].startswith("In public runs")
@@ -57,10 +57,10 @@ def test_a_users_own_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ("64", "128.0", "inside"),
     ]
     costs = commands.rows(tmp_path / "run" / "results.csv")
-    (row,) = (row for row in costs if row["policy"] == "rora transfer" and row["rank"] == "64")
+    (row,) = (row for row in costs if row["policy"] == "advice" and row["rank"] == "64")
     assert f"{float(row['learning_rate']):.3g}" in text
     assert f"{float(row['regret']):.4f} nats per token" not in text  # the sentence has the mean over both directions
-    pairs = [float(row["regret"]) for row in costs if row["policy"] == "rora transfer"]
+    pairs = [float(row["regret"]) for row in costs if row["policy"] == "advice"]
     assert f"would have cost {sum(pairs) / 2:.4f}" in " ".join(text.split())
 
 

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import numpy as np
 import pandas as pd
 
+from rora_theory.evidence.policies import measured_policies
 from rora_theory.lab.finetune.config import LossOn
 from rora_theory.lab.sweep.change_parts import constants_by_steps, part_table
 from rora_theory.lab.sweep.curves import (
@@ -19,7 +20,7 @@ from rora_theory.lab.sweep.curves import (
     ratio_table,
 )
 from rora_theory.lab.sweep.law import RateLaw, setting_exponents, step_exponents, whole_curve_exponents
-from rora_theory.lab.sweep.regret import policies, regret_by_policy, regret_table
+from rora_theory.lab.sweep.regret import regret_by_policy, regret_table
 from rora_theory.lab.sweep.runs import FULL, SweepRun
 from rora_theory.stats.rate_curves import Curve
 from rora_theory.stats.verdicts import Outcome
@@ -163,7 +164,7 @@ def judge_runs(
     # Regret of policies, with the geometric middle of the displacement constants at each step.
     middle = {step: math.sqrt(low * high) for step, (low, high) in ranges.items()}
     crossing_distance = float(np.median(law.crossing_distances)) if law.crossing_distances else None
-    by_name = policies(middle, crossing_distance=crossing_distance)
+    by_name = measured_policies(middle, crossing_distance=crossing_distance)
     tables["regret"] = regret_table(runs, tokens[loss_on], curves, by_name, draws=BOOTSTRAP_SAMPLES)
     tables["policies"] = regret_by_policy(tables["regret"])
     return tables

@@ -12,6 +12,7 @@ import pytest
 from figures import horizon as figure
 from rora_theory import Setting, transfer
 from rora_theory.advice.best_rate import Run
+from rora_theory.evidence.policies import measured_policies
 from rora_theory.lab.sweep import analysis, change_parts, regret
 from rora_theory.lab.sweep import curves as horizon_curves
 from rora_theory.lab.sweep import law as horizon_law
@@ -775,7 +776,7 @@ def test_constants_and_regrets_of_planted_runs(monkeypatch) -> None:
 def test_a_rate_that_one_seed_alone_ran_is_read_from_that_seed() -> None:
     runs = select(grid(-0.77, seeds=3), rank=8)
     runs = [run for run in runs if run.gain == 64 or run.seed == 1 or run.rate < 3e-4]
-    costs = regret.regret_table(runs, TOKENS, {64: curves_of(runs, draws=50)}, regret.policies({64: 130.0}), draws=50)
+    costs = regret.regret_table(runs, TOKENS, {64: curves_of(runs, draws=50)}, measured_policies({64: 130.0}), draws=50)
     row = costs[costs["old_gain"] == 64].set_index("policy").loc["keep the rate"]
     assert (row["seeds"], row["is_lower_bound"]) == (1, False)
     assert row["regret"] == pytest.approx(0.1 * 0.811**2, abs=0.02)
@@ -784,7 +785,7 @@ def test_a_rate_that_one_seed_alone_ran_is_read_from_that_seed() -> None:
 def test_a_pair_with_a_best_rate_at_the_end_of_either_grid_is_marked() -> None:
     """In the runs at G = 64 the loss rises from the lowest rate on; the others have their best rate inside."""
     runs = select(grid(-0.77, seeds=2), rank=8)
-    policy = {"keep the rate": regret.policies({})["keep the rate"]}
+    policy = {"keep the rate": measured_policies({})["keep the rate"]}
     for at_64, is_edge in ((runs, False), ([run for run in runs if run.gain == 724 or run.rate > 2e-3], True)):
         costs = regret.regret_table(at_64, TOKENS, {64: curves_of(at_64, draws=20)}, policy, draws=20)
         marks = costs[["old_gain", "gain", "is_edge"]].to_numpy().tolist()
@@ -826,12 +827,12 @@ def test_all_pairs_of_gains_are_compared_by_whole_curves() -> None:
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
 def test_the_advice_is_the_rate_that_transfer_names(schedule) -> None:
     """The constants are the default ones, whatever the runs' own K is."""
-    policy = regret.policies({64: 130.0})["advice"]
+    policy = measured_policies({64: 130.0})["advice"]
     old, new = Run(8, 64.0, 64), Run(128, 724.0, 256)
     run_settings = {"steps": 64, "to_steps": 256, "schedule": schedule}
     advice = transfer(Setting(8, 64.0, 1e-3), 128, alpha=724.0, **run_settings)
     assert policy(old, new, 1e-3) == pytest.approx(advice.learning_rate, rel=1e-12)
-    assert policy(old, new, 1e-3) != pytest.approx(regret.policies({64: 130.0})["displacement"](old, new, 1e-3))
+    assert policy(old, new, 1e-3) != pytest.approx(measured_policies({64: 130.0})["displacement"](old, new, 1e-3))
 
 
 def test_runs_without_measured_parts_have_the_regret_of_the_other_policies() -> None:

@@ -1,10 +1,10 @@
-"""Regret of policies: the rate of each, and the summary over pairs."""
+"""Summary of the regret of policies over pairs of measured conditions."""
 
 import pandas as pd
 import pytest
 
-from rora_theory.advice.best_rate import Run
-from rora_theory.lab.sweep.regret import ORIGINS, policies, regret_by_policy
+from rora_theory.evidence.policies import ORIGINS
+from rora_theory.lab.sweep.regret import regret_by_policy
 
 
 def pair(regret: float, policy: str = "first step", **changes: object) -> dict[str, object]:
@@ -37,18 +37,3 @@ def test_pairs_with_a_best_rate_at_the_end_of_a_grid_are_not_counted() -> None:
     assert figures == pytest.approx([0.3, 0.3, 0.5, 0.05, 0.9])
     assert regret_by_policy(pd.DataFrame()).empty
     assert regret_by_policy(costs[costs["is_edge"]]).empty
-
-
-def test_the_rates_of_the_policies() -> None:
-    """From G 16 to 64 at 100 to 400 steps: powers of the growth 4, and of the steps for the last."""
-    by_name = policies({90: 0.0, 1000: 1e9}, crossing_distance=1e9)
-    old, new = Run(8, 16.0, 100), Run(8, 64.0, 400)
-    rates = {name: by_name[name](old, new, 1e-3) for name in by_name if name != "advice"}
-    expected = {"keep the rate": 1.0, "first step": 1 / 4, "square root": 1 / 2, "G^-0.75": 4**-0.75}
-    expected |= {"displacement": 1 / 4, "displacement and steps": 1 / 8, "constant gradient": 1 / 4}
-    assert rates == pytest.approx({name: 1e-3 * factor for name, factor in expected.items()})
-    # The constant is that of the nearest number of steps in log.
-    late = Run(8, 16.0, 400)
-    assert by_name["displacement"](late, Run(8, 64.0, 400), 1e-3) > 4e-4
-    assert "displacement" not in policies({})
-    assert "constant gradient" not in policies({1: 1.0})
