@@ -43,7 +43,7 @@ import pandas as pd
 import scipy
 from gain_grid import DESIGNS, REFERENCE_GAIN, REFERENCE_RANK, Design, Setting
 from jaxtyping import Float
-from sweep_folders import DRAWS, mean_regrets
+from sweep_folders import DRAWS, distinct_factors, mean_regrets
 
 from rora_theory.advice.best_rate import Run
 from rora_theory.advice.constants import CONSTANTS
@@ -320,12 +320,7 @@ def regret_rows(
         if tuned is None or target.edge:
             continue
         old_run, new_run = (Run(key.rank, key.gain, steps, batch_size=key.batch_size) for key in (old, new))
-        seen: list[float] = []
-        for policy, rate_of in carrying_policies(steps, constant).items():
-            factor = rate_of(old_run, new_run, 1.0)
-            if any(math.isclose(factor, other) for other in seen):
-                continue
-            seen.append(factor)
+        for policy, factor in distinct_factors(carrying_policies(steps, constant), old_run, new_run).items():
             row = {"seed": seed} | {name: pair[name] for name in ("schedule", "change", "from", "to")}
             cost = regret(tuned, target, partial(mul, factor))
             rows.append(row | {"policy": policy, "tuned_on": tuned_on} | cost.row())

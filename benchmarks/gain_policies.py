@@ -25,27 +25,23 @@ model, as the rule first said, that model would no longer be a test. The second 
 """
 
 import argparse
-import functools
-import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
-import gain_laws
 import numpy as np
 import pandas as pd
+from carried import PUBLISHED, Family, Law, Pair, Pairs, judge, own_constants, pairs_of, scan, seed_curves, with_totals
 from gain_grid import DESIGNS, SCHEDULES
-from sweep_folders import read_curves
+from sweep_folders import curves_after
 
+from rora_theory.advice.best_rate import Run
 from rora_theory.advice.constants import CONSTANTS
 from rora_theory.evidence.policies import RateFactor, displacement_law, power_of_gain, with_rank
 from rora_theory.evidence.sweeps import load_sweeps
 from rora_theory.runs import frames
-from rora_theory.stats.rate_curves import Curve
-from rora_theory.stats.regret import regrets_at
 
-PUBLISHED = Path(__file__).parents[1] / "results" / "published"
 BATCH_SIZE = 4
 """Number of records per step."""
 
@@ -68,64 +64,28 @@ OUR_MODELS = ("small model", "SmolLM2-135M", "Gemma 3 270M")
 RANK_EXPONENT = CONSTANTS["rank_exponent"].value
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Two settings of one seed.
-
-    Attributes:
-      tuned_rate: Best rate of the first setting.
-      old_rank: Rank of the first setting.
-      old_gain: G of the first setting.
-      curve: Curve of the second setting.
-    """
-
-    tuned_rate: float
-    old_rank: int
-    old_gain: float
-    curve: Curve
-
-    def regret(self, law: RateFactor) -> float:
-        """Return the regret of a law at the second setting, in nats per token."""
-        rate = self.tuned_rate * law(self.old_rank, self.old_gain, self.curve.rank, self.curve.gain)
-        return float(regrets_at(self.curve, np.array([rate]))[0][0])
-
-
-def pairs_of(curves: Iterable[Curve]) -> list[Pair]:
-    """Return all ordered pairs of settings that differ in G."""
-    inside = [curve for curve in curves if not curve.edge and curve.gain > 0]  # full fine-tuning has no G
-    return [
-        Pair(old.best_rate, old.rank, old.gain, new)
-        for old, new in itertools.permutations(inside, 2)
-        if abs(math.log(new.gain / old.gain)) > math.log(SMALLEST_CHANGE)
-    ]
+def is_pair(old: Run, new: Run) -> bool:
+    """Return whether two settings differ in G and at most in the rank beside it."""
+    is_change = abs(math.log(new.gain / old.gain)) > math.log(SMALLEST_CHANGE)
+    return is_change and replace(old, rank=new.rank, gain=new.gain) == new
 
 
 def published_pairs(folder: str, steps: Iterable[int]) -> list[Pair]:
     """Return the pairs of a published run folder after each number of steps."""
-    return [pair for step in steps for pair in pairs_of(read_curves(PUBLISHED / folder, step))]
-
-
-@functools.cache
-def seed_curves(design: str, *folders: str) -> dict[int, gain_laws.Curves]:
-    """Return the curves of every seed of a grid of `gain_grid` from its published folders."""
-    return dict(gain_laws.read_seeds([PUBLISHED / folder for folder in folders], DESIGNS[design]))
+    return pairs_of(curves_after(PUBLISHED / folder, steps).items(), is_pair)
 
 
 def seeded_pairs(design: str, schedule: str, *folders: str, is_later: bool = False) -> list[Pair]:
-    """Return the pairs of the seeds that count, or of the later ones, at the last number of steps.
-
-    Both settings of a pair have batches of one size.
-    """
+    """Return the pairs of the seeds that count, or of the later ones, at the last number of steps."""
     counted = FITTED_SEEDS.get(design, DESIGNS[design].seeds)
-    last = DESIGNS[design].steps(schedule)
+    shared = (schedule, DESIGNS[design].steps(schedule), BATCH_SIZE)
     return [
         pair
         for seed, curves in seed_curves(design, *folders).items()
         if (seed in counted) != is_later
         for pair in pairs_of(
-            curve
-            for key, curve in curves.items()
-            if (key.schedule, key.steps, key.batch_size) == (schedule, last, BATCH_SIZE)
+            (item for item in curves.items() if (item[0].schedule, item[0].steps, item[0].batch_size) == shared),
+            is_pair,
         )
     ]
 
@@ -138,7 +98,7 @@ def all_pairs(external: Path | None) -> dict[str, dict[str, list[Pair]]]:
             "cosine, use_rslora": [
                 pair
                 for seed in sorted((PUBLISHED / "use_rslora").glob("seed_*"))
-                for pair in pairs_of(read_curves(seed, 256))
+                for pair in published_pairs(f"use_rslora/{seed.name}", (256,))
             ],
         },
         "Gemma 3 270M": {"constant": published_pairs("horizon_gemma", (64,))},
@@ -149,7 +109,11 @@ def all_pairs(external: Path | None) -> dict[str, dict[str, list[Pair]]]:
         pairs[model]["constant, new data"] = seeded_pairs(name, "constant", f"gain_seeds/{name}")
     if external is not None:
         (sweep,) = load_sweeps("qwen2.5-7b", external)
-        pairs["Qwen2.5-7B"] = {"alpha = r": pairs_of(fit.curve for fit in sweep.fits if fit.is_inside)}
+        pairs["Qwen2.5-7B"] = {
+            "alpha = r": pairs_of(
+                ((Run(fit.curve.rank, fit.curve.gain), fit.curve) for fit in sweep.fits if fit.is_inside), is_pair
+            )
+        }
     return {
         model: chosen
         for model, sets in pairs.items()
@@ -173,89 +137,39 @@ def later_pairs() -> dict[str, dict[str, list[Pair]]]:
     }
 
 
-def power(exponent: float) -> RateFactor:
-    """Return the law G^-exponent, with the advice's exponent in the rank."""
-    return with_rank(power_of_gain(-exponent), RANK_EXPONENT)
+def law_of(factor: RateFactor) -> Law:
+    """Return a law in G, with the advice's exponent in the rank."""
+    with_exponent = with_rank(factor, RANK_EXPONENT)
+    return lambda old, new: with_exponent(old.rank, old.gain, new.rank, new.gain)
 
 
-def displacement(constant: float) -> RateFactor:
-    """Return the displacement law with a constant K, with the advice's exponent in the rank."""
-    return with_rank(displacement_law(constant), RANK_EXPONENT)
-
-
-@dataclass(frozen=True)
-class Family:
-    """Law with one constant.
-
-    Attributes:
-      law: Law of a constant.
-      constants: Constants among which the best is chosen.
-      mean: Mean of the constants of several models.
-    """
-
-    law: Callable[[float], RateFactor]
-    constants: np.ndarray
-    mean: Callable[[pd.Series], float]
+def power(exponent: float) -> Law:
+    """Return the law G^-exponent."""
+    return law_of(power_of_gain(-exponent))
 
 
 FAMILIES = {
-    "power of G": Family(power, POWERS, lambda values: float(values.mean())),
-    "displacement law": Family(displacement, CONSTANTS_K, lambda values: float(np.exp(np.log(values).mean()))),
+    "power of G": Family(power, POWERS),
+    "displacement law": Family(lambda constant: law_of(displacement_law(constant)), CONSTANTS_K),
 }
+MEANS: Mapping[str, Callable[[pd.Series], float]] = {
+    "power of G": lambda values: float(values.mean()),
+    "displacement law": lambda values: float(np.exp(np.log(values).mean())),
+}
+"""Mean of the constants of several models, by law."""
 
 
-def mean_regret(sets: Mapping[str, list[Pair]], law: RateFactor) -> float:
-    """Return a model's mean regret of a law; its sets of runs have the same weight."""
-    return float(np.mean([np.mean([pair.regret(law) for pair in pairs]) for pairs in sets.values()]))
-
-
-def scan(pairs: Mapping[str, Mapping[str, list[Pair]]]) -> pd.DataFrame:
-    """Return the mean regret of every model by law and constant."""
-    return pd.DataFrame(
-        {
-            "model": model,
-            "law": law,
-            "constant": constant,
-            "regret": mean_regret(sets, family.law(constant)),
-        }
-        for (model, sets), (law, family) in itertools.product(pairs.items(), FAMILIES.items())
-        for constant in family.constants.tolist()
-    )
-
-
-def own_constants(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the constant of each model and law with the lowest regret, from `scan`."""
-    best = table.loc[table.groupby(["law", "model"], sort=False)["regret"].idxmin()].reset_index(drop=True)
-    return best.assign(is_ours=best["model"].isin(OUR_MODELS))
-
-
-def judged_sets(pairs: Mapping[str, Mapping[str, list[Pair]]], own: pd.DataFrame) -> pd.DataFrame:
+def judged(pairs: Pairs, own: pd.DataFrame) -> pd.DataFrame:
     """Return the regret of every law on every set of runs, with the mean constant of the other models."""
-    rows = []
-    for model, sets in pairs.items():
+
+    def laws_of(model: str) -> dict[str, tuple[Law, float]]:
         laws = {name: (power(exponent), exponent) for name, exponent in WITHOUT_CONSTANT.items()}
         for law, family in FAMILIES.items():
-            constant = family.mean(own[(own["law"] == law) & (own["model"] != model)]["constant"])
+            constant = MEANS[law](own[(own["law"] == law) & (own["model"] != model)]["constant"])
             laws[law] = family.law(constant), constant
-        for (runs, chosen), (law, (factor, constant)) in itertools.product(sets.items(), laws.items()):
-            costs = np.array([pair.regret(factor) for pair in chosen])
-            row = {"model": model, "runs": runs, "law": law, "constant": constant, "pairs": len(costs)}
-            rows.append(row | {"mean": costs.mean(), "median": np.median(costs), "largest": costs.max()})
-    return pd.DataFrame(rows)
+        return laws
 
-
-def judged(pairs: Mapping[str, Mapping[str, list[Pair]]], own: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of `judged_sets`, with the means over the sets of each model and over the models."""
-    frame = judged_sets(pairs, own)
-    by_model = frame.groupby(["model", "law"], sort=False).agg(
-        pairs=("pairs", "sum"), mean=("mean", "mean"), largest=("largest", "max")
-    )
-    totals = by_model.reset_index().assign(runs="all")
-    over = by_model.groupby("law", sort=False).agg(
-        pairs=("pairs", "sum"), mean=("mean", "mean"), largest=("largest", "max")
-    )
-    over = over.reset_index().assign(model="all models", runs="all")
-    return pd.concat([frame, totals, over], ignore_index=True)
+    return judge(pairs, laws_of)
 
 
 def main() -> None:
@@ -265,10 +179,12 @@ def main() -> None:
     parser.add_argument("--external", type=Path, help="folder of the public runs; without it Qwen2.5 7B is left out")
     args = parser.parse_args()
     pairs = all_pairs(args.external)
-    scanned = scan(pairs)
+    scanned = scan(pairs, FAMILIES)
     own = own_constants(scanned)
-    tables = {"scan": scanned, "constants": own, "policies": judged(pairs, own)}
-    tables["tests"] = judged_sets(later_pairs(), own)
+    own["is_ours"] = own["model"].isin(OUR_MODELS)
+    policies, tests = with_totals(judged(pairs, own)), judged(later_pairs(), own)
+    tables = {"scan": scanned, "constants": own}
+    tables |= {"policies": policies.drop(columns="lower_bounds"), "tests": tests.drop(columns="lower_bounds")}
     args.out.mkdir(parents=True, exist_ok=True)
     for name, frame in tables.items():
         (args.out / f"{name}.csv").write_text(frames.to_csv(frame))

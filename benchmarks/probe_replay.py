@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from sweep_folders import regret_at
 
 from rora_theory.advice.best_rate import Run
 from rora_theory.advice.constants import CONSTANTS
 from rora_theory.evidence.rate_prior import rate_prior
 from rora_theory.runs import frames
 from rora_theory.stats.rate_curves import Curve
-from rora_theory.stats.regret import regrets_at
 
 HELD_BACK = Path(__file__).parents[1] / "results" / "published" / "tune" / "held_back"
 
@@ -63,8 +63,7 @@ def main() -> None:
     for case in frames.rows(pd.read_csv(folder / "held_back.csv")):
         curve = read_curve(case, folder / "cases" / f"{case['case']}.json")
         for policy, rate in rates_of(case).items():
-            (cost,), (is_lower_bound,) = regrets_at(curve, np.array([rate]))
-            costs.setdefault(policy, []).append((float(cost), bool(is_lower_bound)))
+            costs.setdefault(policy, []).append(regret_at(curve, rate))
     rows = []
     for policy, values in costs.items():
         regrets, bounds = zip(*values, strict=True)

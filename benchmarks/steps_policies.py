@@ -34,27 +34,22 @@ Runs that came later are tests: ``smollm2_long``, ``long_gains``, and the seeds 
 """
 
 import argparse
-import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import gain_laws
 import numpy as np
 import pandas as pd
-from gain_grid import DESIGNS
-from sweep_folders import read_curves
+from carried import PUBLISHED, Family, Law, Pair, Pairs, judge, own_constants, pairs_of, scan, seed_curves, with_totals
+from sweep_folders import curves_after
 
-from rora_theory.advice.best_rate import QUANTILE
+from rora_theory.advice.best_rate import QUANTILE, Run
 from rora_theory.advice.constants import CONSTANTS
+from rora_theory.lab.sweep.curves import THREE_POINTS
 from rora_theory.runs import frames
-from rora_theory.stats.curve_optima import whole_curve_log2_rates
 from rora_theory.stats.rate_curves import Curve
-from rora_theory.stats.regret import regrets_at
-
-PUBLISHED = Path(__file__).parents[1] / "results" / "published"
 
 MIN_STEPS = 64
 """Fewest steps of a pair: shorter runs end during the first drop of the loss."""
@@ -69,113 +64,66 @@ WAYS = ("lowest regret", "mean of best", "mean exponent")
 """Ways of choosing the power from several models."""
 
 
-@dataclass(frozen=True)
-class StepsPair:
-    """One setting after two numbers of steps.
-
-    Attributes:
-      rate: Best rate after the fewer steps.
-      best_rate: Best rate after the more steps.
-      growth: Ratio of the numbers of steps.
-      curve: Curve after the more steps.
-    """
-
-    rate: float
-    best_rate: float
-    growth: float
-    curve: Curve
-
-    @property
-    def exponent(self) -> float:
-        """Exponent of the two best rates."""
-        return math.log(self.best_rate / self.rate) / math.log(self.growth)
-
-    def regret(self, power: float) -> tuple[float, bool]:
-        """Return the regret of a power of the number of steps in nats per token, and whether it is a lower bound."""
-        (cost,), (is_lower_bound,) = regrets_at(self.curve, np.array([self.rate * self.growth**power]))
-        return float(cost), bool(is_lower_bound)
+def is_pair(old: Run, new: Run) -> bool:
+    """Return whether two settings are one after fewer and after more steps."""
+    return MIN_STEPS <= old.steps < new.steps and replace(old, steps=new.steps) == new
 
 
-Pairs = Mapping[str, Mapping[str, list[StepsPair]]]
-"""Pairs by model and, within it, by set of runs."""
+def growth(old: Run, new: Run) -> float:
+    """Return the ratio of two numbers of steps."""
+    return new.steps / old.steps
 
 
-def three_points(curve: Curve) -> float:
-    """Return the best rate by the parabola through the lowest loss and its neighbours."""
-    return curve.best_rate
+def power_of_steps(power: float) -> Law:
+    """Return the law T^power of the number of steps."""
+    return lambda old, new: growth(old, new) ** power
 
 
-def whole_curve(curve: Curve) -> float:
-    """Return the best rate by the quadratic through the whole curve."""
-    return 2 ** whole_curve_log2_rates((1.0,), curve).value
+FAMILIES = {"power of T": Family(power_of_steps, POWERS)}
 
 
-BestRate = Callable[[Curve], float]
-Curves = Mapping[tuple[object, int], Curve]
-"""Curves by setting and number of steps."""
+def exponent(pair: Pair) -> float:
+    """Return the exponent of two best rates."""
+    return math.log(pair.best_rate / pair.tuned_rate) / math.log(growth(pair.old, pair.new))
 
 
-def pairs_of(curves: Curves, best_rate: BestRate) -> Iterator[StepsPair]:
-    """Yield all pairs of one setting after fewer and after more steps."""
-    inside = {key: curve for key, curve in curves.items() if key[1] >= MIN_STEPS and not curve.edge}
-    rates = {key: best_rate(curve) for key, curve in inside.items()}
-    for old, new in itertools.permutations(inside, 2):
-        (setting, fewer), (same, more) = old, new
-        if setting == same and fewer < more:
-            yield StepsPair(rates[old], rates[new], more / fewer, inside[new])
+Curves = Mapping[Run, Curve]
+"""Curves by setting."""
 
 
-def folder_curves(folder: str, steps: tuple[int, ...]) -> Curves:
-    """Return the curves of adapters of a published run folder."""
-    return {
-        ((curve.rank, curve.gain), step): curve
-        for step in steps
-        for curve in read_curves(PUBLISHED / folder, step)
-        if curve.gain > 0  # full fine-tuning has no G
-    }
-
-
-def seed_curves(design: str, folder: Path) -> Curves:
-    """Return the curves of a seed of a grid of `gain_grid` at a constant rate."""
-    curves = gain_laws.read_curves(folder, DESIGNS[design])
-    return {
-        ((key.rank, key.gain, key.batch_size), key.steps): curve
-        for key, curve in curves.items()
-        if key.schedule == "constant"
-    }
-
-
-def seeds_of(design: str, most_steps: Mapping[int, int] | None = None) -> list[Curves]:
-    """Return the curves of every seed of a published grid, up to the most steps that a seed may have."""
-    folders = {"small": "small_models", "medium": "medium_model"}
-    seeds = []
-    for folder in sorted((PUBLISHED / folders.get(design, design)).glob("seed_*")):
-        most = (most_steps or {}).get(int(folder.name.split("_")[1]), math.inf)
-        seeds.append({key: curve for key, curve in seed_curves(design, folder).items() if key[1] <= most})
-    return seeds
+def seeds_of(design: str, folder: str, most_steps: Mapping[int, int] | None = None) -> list[Curves]:
+    """Return the curves of every seed of a published grid at a constant rate, up to the most steps that it may have."""
+    return [
+        {
+            run: curve
+            for run, curve in curves.items()
+            if run.schedule == "constant" and run.steps <= (most_steps or {}).get(seed, math.inf)
+        }
+        for seed, curves in seed_curves(design, folder).items()
+    ]
 
 
 LONG_SEEDS = {1: 4096, 2: 4096}
 """Most steps of the seeds of ``small_long`` that count: what they run for longer are tests."""
 
 
-def all_pairs(best_rate: BestRate) -> Pairs:
-    """Return the pairs from which the exponent is chosen."""
+def all_pairs(estimator: str) -> Pairs:
+    """Return the pairs from which the exponent is chosen, with best rates by an estimator."""
 
-    def over_seeds(seeds: list[Curves]) -> list[StepsPair]:
-        return [pair for curves in seeds for pair in pairs_of(curves, best_rate)]
+    def pairs(*seeds: Curves) -> list[Pair]:
+        return [pair for curves in seeds for pair in pairs_of(curves.items(), is_pair, estimator)]
 
     return {
         "SmolLM2-135M": {
-            "constant": list(pairs_of(folder_curves("horizon", (64, 256)), best_rate)),
-            "cosine": list(pairs_of(folder_curves("horizon_cosine", (64, 256, 1024)), best_rate)),
+            "constant": pairs(curves_after(PUBLISHED / "horizon", (64, 256))),
+            "cosine": pairs(curves_after(PUBLISHED / "horizon_cosine", (64, 256, 1024))),
         },
-        "Gemma 3 270M": {"cosine": list(pairs_of(folder_curves("horizon_gemma_cosine", (256, 1024)), best_rate))},
+        "Gemma 3 270M": {"cosine": pairs(curves_after(PUBLISHED / "horizon_gemma_cosine", (256, 1024)))},
         "small model": {
-            "to 1,024 steps": over_seeds(seeds_of("small")),
-            "to 16,384 steps": over_seeds(seeds_of("small_long", LONG_SEEDS)),
+            "to 1,024 steps": pairs(*seeds_of("small", "small_models")),
+            "to 16,384 steps": pairs(*seeds_of("small_long", "small_long", LONG_SEEDS)),
         },
-        "second small model": {"to 1,024 steps": over_seeds(seeds_of("medium"))},
+        "second small model": {"to 1,024 steps": pairs(*seeds_of("medium", "medium_model"))},
     }
 
 
@@ -184,10 +132,10 @@ def two_term_rows(model: str, curves: Curves) -> Iterator[dict[str, Any]]:
 
     The losses are those of the measured rate nearest to the best one after the most steps, and their means over seeds.
     """
-    by_setting: dict[object, dict[int, Curve]] = {}
-    for (setting, steps), curve in curves.items():
-        by_setting.setdefault(setting, {})[steps] = curve
-    for setting, readings in by_setting.items():
+    by_setting: dict[Run, dict[int, Curve]] = {}
+    for run, curve in curves.items():
+        by_setting.setdefault(replace(run, steps=None), {})[run.steps] = curve
+    for readings in by_setting.values():
         steps = sorted(readings)
         for window in zip(steps, steps[1:], steps[2:], strict=False):
             first, middle, last = (readings[step] for step in window)
@@ -202,16 +150,17 @@ def two_term_rows(model: str, curves: Curves) -> Iterator[dict[str, Any]]:
                 continue
             fall = math.log((before - between) / (between - after)) / math.log(window[1] / window[0])
             measured = math.log(last.best_rate / first.best_rate) / math.log(window[2] / window[0])
-            row = {"model": model, "setting": str(setting), "from_steps": window[0], "to_steps": window[2]}
+            row = {"model": model, "from_steps": window[0], "to_steps": window[2]}
             yield row | {"fall": fall, "two_terms": -fall / (1 + fall), "measured": measured}
 
 
 def two_terms() -> pd.DataFrame:
     """Return the mean exponents over settings and seeds, by model and numbers of steps."""
-    runs = {"SmolLM2-135M": [folder_curves("horizon", (16, 64, 256))]}
-    runs |= {"SmolLM2-135M, longer runs": seeds_of("smollm2_long")}
-    runs |= {"small model": seeds_of("small"), "small model, longer runs": seeds_of("small_long", LONG_SEEDS)}
-    runs |= {"second small model": seeds_of("medium")}
+    runs = {"SmolLM2-135M": [curves_after(PUBLISHED / "horizon", (16, 64, 256))]}
+    runs |= {"SmolLM2-135M, longer runs": seeds_of("smollm2_long", "smollm2_long")}
+    runs |= {"small model": seeds_of("small", "small_models")}
+    runs |= {"small model, longer runs": seeds_of("small_long", "small_long", LONG_SEEDS)}
+    runs |= {"second small model": seeds_of("medium", "medium_model")}
     rows = [row for model, seeds in runs.items() for curves in seeds for row in two_term_rows(model, curves)]
     columns = ["model", "from_steps", "to_steps"]
     by = pd.DataFrame(rows).groupby(columns, sort=False)
@@ -219,27 +168,13 @@ def two_terms() -> pd.DataFrame:
     return table.assign(curves=by.size()).reset_index().sort_values(columns)
 
 
-def mean_regret(sets: Mapping[str, list[StepsPair]], power: float) -> float:
-    """Return a model's mean regret of a power; its sets of runs have the same weight."""
-    return float(np.mean([np.mean([pair.regret(power)[0] for pair in pairs]) for pairs in sets.values()]))
-
-
-def scan(pairs: Pairs) -> pd.DataFrame:
-    """Return the mean regret of every model by power."""
-    return pd.DataFrame(
-        {"model": model, "power": power, "regret": mean_regret(sets, power)}
-        for model, sets in pairs.items()
-        for power in POWERS.tolist()
-    )
-
-
 def own_exponents(pairs: Pairs, scanned: pd.DataFrame) -> pd.DataFrame:
     """Return each model's power of the lowest regret and the mean exponent of its best rates."""
-    best = scanned.loc[scanned.groupby("model", sort=False)["regret"].idxmin()].set_index("model")
+    best = own_constants(scanned).set_index("model")["constant"]
     rows = []
     for model, sets in pairs.items():
-        exponents = [np.mean([pair.exponent for pair in chosen]) for chosen in sets.values()]
-        values = {"lowest regret": best.loc[model, "power"], "mean exponent": float(np.mean(exponents))}
+        exponents = [np.mean([exponent(pair) for pair in chosen]) for chosen in sets.values()]
+        values = {"lowest regret": best[model], "mean exponent": float(np.mean(exponents))}
         rows += [{"model": model, "way": way, "power": power} for way, power in values.items()]
     return pd.DataFrame(rows)
 
@@ -248,7 +183,7 @@ def ways(scanned: pd.DataFrame, own: pd.DataFrame) -> dict[str, float]:
     """Return the power that each way of choosing it gives for some models."""
     means = own.groupby("way")["power"].mean()
     return {
-        "lowest regret": float(scanned.groupby("power")["regret"].mean().idxmin()),
+        "lowest regret": float(scanned.groupby("constant")["regret"].mean().idxmin()),
         "mean of best": float(means["lowest regret"]),
         "mean exponent": float(means["mean exponent"]),
     }
@@ -256,21 +191,13 @@ def ways(scanned: pd.DataFrame, own: pd.DataFrame) -> dict[str, float]:
 
 def judged(pairs: Pairs, scanned: pd.DataFrame, own: pd.DataFrame) -> pd.DataFrame:
     """Return the regret of every power on every set of runs, of the fitted ones without the model itself."""
-    rows = []
-    for model, sets in pairs.items():
+
+    def laws_of(model: str) -> dict[str, tuple[Law, float]]:
         others = ways(scanned[scanned["model"] != model], own[own["model"] != model])
-        for (runs, chosen), (policy, power) in itertools.product(sets.items(), (WITHOUT_FIT | others).items()):
-            costs, bounds = zip(*(pair.regret(power) for pair in chosen), strict=True)
-            row = {"model": model, "runs": runs, "policy": policy, "power": power, "pairs": len(costs)}
-            rows.append(row | {"mean": np.mean(costs), "largest": max(costs), "lower_bounds": sum(bounds)})
-    frame = pd.DataFrame(rows)
+        return {policy: (power_of_steps(power), power) for policy, power in (WITHOUT_FIT | others).items()}
 
-    def total(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-        parts = {"pairs": "sum", "mean": "mean", "largest": "max", "lower_bounds": "sum"}
-        return table.groupby(by, sort=False).agg(parts).reset_index()
-
-    by_model = total(frame, ["model", "policy"]).assign(runs="all")
-    return pd.concat([frame, by_model, total(by_model, ["policy"]).assign(model="all models", runs="all")])
+    table = with_totals(judge(pairs, laws_of))
+    return table.rename(columns={"law": "policy", "constant": "power"}).drop(columns="median")
 
 
 def summarise(policies: pd.DataFrame, own: pd.DataFrame, by_whole_curves: pd.DataFrame) -> pd.DataFrame:
@@ -297,10 +224,11 @@ def coverage(pairs: Pairs, scanned: pd.DataFrame, own: pd.DataFrame, way: str) -
         power = ways(scanned[scanned["model"] != model], others)[way]
         spread = spread_over_models(others, power)
         inside = [
-            abs(pair.exponent - power) * math.log(pair.growth)
-            <= QUANTILE * math.hypot(spread * math.log(pair.growth), CONSTANTS["pair"].spread)
+            abs(exponent(pair) - power) * log_growth
+            <= QUANTILE * math.hypot(spread * log_growth, CONSTANTS["pair"].spread)
             for chosen in sets.values()
             for pair in chosen
+            for log_growth in [math.log(growth(pair.old, pair.new))]
         ]
         row = {"model": model, "power": power, "spread": spread, "pairs": len(inside)}
         rows.append(row | {"coverage": float(np.mean(inside))})
@@ -320,16 +248,18 @@ def main() -> None:
     folder = parser.parse_args().out
     folder.mkdir(parents=True, exist_ok=True)
     exponents, own_of = {}, {}
-    for name, best_rate in (("whole curve", whole_curve), ("three points", three_points)):
-        pairs = all_pairs(best_rate)
-        scanned = scan(pairs)
+    # The last estimator is that of the tables below.
+    for name in ("whole curve", THREE_POINTS):
+        pairs = all_pairs(name)
+        scanned = scan(pairs, FAMILIES)
         own = own_exponents(pairs, scanned)
         own_of[name] = own
         fitted = pd.DataFrame({"model": "all models", "way": way, "power": p} for way, p in ways(scanned, own).items())
         exponents[name] = pd.concat([own, fitted]).assign(estimator=name)
     # The tables of regret have the tuned rates of a user, who has no more than the lowest losses.
     policies = judged(pairs, scanned, own)
-    tables = {"scan": scanned, "policies": policies, "summary": summarise(policies, own, own_of["whole curve"])}
+    tables = {"scan": scanned.drop(columns="law").rename(columns={"constant": "power"}), "policies": policies}
+    tables["summary"] = summarise(policies, own, own_of["whole curve"])
     tables["two_terms"] = two_terms()
     tables["coverage"] = coverage(pairs, scanned, own, chosen_way(policies))
     tables["exponents"] = pd.concat(exponents.values())

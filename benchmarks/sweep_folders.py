@@ -1,15 +1,19 @@
 """Curves of loss against learning rate of published run folders, for the scripts that compare them."""
 
 import math
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from rora_theory.advice.best_rate import Run
 from rora_theory.lab.sweep.curves import curves_at
 from rora_theory.lab.sweep.runs import read_runs, read_tokens
+from rora_theory.optimizers import Schedule
 from rora_theory.stats.estimate import over_seeds
 from rora_theory.stats.rate_curves import Curve
+from rora_theory.stats.regret import regrets_at
 
 DRAWS = 400
 """Number of bootstrap samples of the held-out records."""
@@ -19,6 +23,30 @@ def read_curves(folder: Path, step: int) -> list[Curve]:
     """Return the curves of a run folder after a number of steps, in ascending order of rank and scaling."""
     tokens = next(iter(read_tokens(folder).values()))[0]
     return curves_at(read_runs(folder), tokens, step, draws=DRAWS)
+
+
+def curves_after(folder: Path, steps: Iterable[int], schedule: Schedule = "constant") -> dict[Run, Curve]:
+    """Return the curves of a run folder after each number of steps, by their settings."""
+    return {Run(curve.rank, curve.gain, step, schedule): curve for step in steps for curve in read_curves(folder, step)}
+
+
+def regret_at(curve: Curve, learning_rate: float) -> tuple[float, bool]:
+    """Return the regret of a learning rate in nats per token, and whether it is a lower bound."""
+    (cost,), (is_lower_bound,) = regrets_at(curve, np.array([learning_rate]))
+    return float(cost), bool(is_lower_bound)
+
+
+def distinct_factors(by_name: Mapping[str, Callable[[Run, Run, float], float]], old: Run, new: Run) -> dict[str, float]:
+    """Return the factor of the rate by every policy, without policies that give the same rate as an earlier one.
+
+    All laws in G agree at one G, for example.
+    """
+    factors: dict[str, float] = {}
+    for policy, rate_of in by_name.items():
+        factor = rate_of(old, new, 1.0)
+        if not any(math.isclose(factor, other) for other in factors.values()):
+            factors[policy] = factor
+    return factors
 
 
 def best_row(curve: Curve) -> dict[str, object]:

@@ -11,7 +11,7 @@ regret of the default learning rates of TRL, LLaMA-Factory and `unsloth train`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -20,22 +20,23 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import tyro
+from sweep_folders import curves_after, regret_at
 
 from rora_theory.advice.best_rate import Run
 from rora_theory.evidence.rate_prior import rate_prior
-from rora_theory.lab.sweep.curves import curves_at
-from rora_theory.lab.sweep.runs import SweepRun, read_runs
 from rora_theory.optimizers import Schedule
 from rora_theory.runs import files, frames
-from rora_theory.runs.reading import read_manifest
 from rora_theory.stats.rate_curves import Curve
-from rora_theory.stats.regret import regrets_at
 from sims.common.tables import print_records
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "published"
 
-RUNS = {"horizon": 0.135, "horizon_cosine": 0.135, "horizon_gemma": 0.268}
-"""Folders of the published runs, with the number of parameters of their model in billions."""
+RUNS: Mapping[str, tuple[str, float, Schedule]] = {
+    "horizon": ("SmolLM2-135M", 0.135, "constant"),
+    "horizon_cosine": ("SmolLM2-135M", 0.135, "cosine"),
+    "horizon_gemma": ("Gemma 3 270M", 0.268, "constant"),
+}
+"""Model of each folder of published runs, its number of parameters in billions, and the schedule."""
 
 BATCH_SIZE = 4
 """Number of records per step of the published runs."""
@@ -60,75 +61,42 @@ class RegretOptions:
     """Output folder."""
 
 
-@dataclass(frozen=True)
-class PlannedTarget:
-    """Setting of a planned run with its measured curve.
-
-    Attributes:
-      rank: Rank of the adapter.
-      gain: G = gamma r.
-      steps: Number of optimizer steps.
-      curve: Held-out loss against the learning rate.
-    """
-
-    rank: int
-    gain: float
-    steps: int
-    curve: Curve
-
-    @property
-    def best_rate(self) -> float:
-        """Measured learning rate with the lowest mean loss over seeds."""
-        return float(self.curve.rates[self._lowest])
-
-    @property
-    def is_edge(self) -> bool:
-        """Whether the lowest loss lies at the end of the measured rates."""
-        return self._lowest in (0, len(self.curve.rates) - 1)
-
-    @property
-    def _lowest(self) -> int:
-        return int(np.argmin(self.curve.losses.mean(axis=0)))
-
-    def regret(self, learning_rate: float) -> tuple[float, bool]:
-        """Return the mean regret over seeds in nats per token, and whether it is a lower bound."""
-        (cost,), (is_lower_bound,) = regrets_at(self.curve, np.array([learning_rate]))
-        return float(cost), bool(is_lower_bound)
+Targets = Mapping[Run, Curve]
+"""Measured curves of planned runs."""
 
 
-def planned_targets(runs: Sequence[SweepRun], tokens: Sequence[int]) -> list[PlannedTarget]:
+def lowest_rate(curve: Curve) -> int:
+    """Return the index of the measured learning rate with the lowest mean loss over seeds."""
+    return int(np.argmin(curve.losses.mean(axis=0)))
+
+
+def planned_targets(curves: Targets) -> Targets:
     """Return both ranks at every G and number of steps at which a best rate lies between measured ones."""
-    targets = [
-        PlannedTarget(curve.rank, curve.gain, steps, curve)
-        for steps in TARGET_STEPS
-        for curve in curves_at(runs, tokens, steps, draws=2)
-        if curve.rank in TARGET_RANKS
-    ]
-    return [target for target in targets if not target.is_edge]
+    return {
+        run: curve
+        for run, curve in curves.items()
+        if run.rank in TARGET_RANKS and 0 < lowest_rate(curve) < len(curve.rates) - 1
+    }
 
 
-def regret_rows(
-    targets: Sequence[PlannedTarget], *, model: str, parameters: float, schedule: Schedule
-) -> list[dict[str, Any]]:
+def case_rows(targets: Targets, *, model: str, parameters: float) -> list[dict[str, Any]]:
     """Return a row for each planned run with the regrets of all choices.
 
     Args:
       targets: Planned runs.
       model: Name of the model.
       parameters: Number of parameters of the model in billions.
-      schedule: Learning-rate schedule of the runs.
     """
     rows: list[dict[str, Any]] = []
-    for target in targets:
-        prior = rate_prior(
-            Run(target.rank, target.gain, target.steps, schedule, BATCH_SIZE), parameters=parameters
-        ).rates
-        fixed = {f"fixed {rate:g}": rate * (64 / target.gain) ** 0.75 for rate in FIXED_RATES}
-        regrets = {name: target.regret(rate) for name, rate in ({"prior": prior.best} | fixed).items()}
+    for run, curve in targets.items():
+        prior = rate_prior(run, parameters=parameters).rates
+        fixed = {f"fixed {rate:g}": rate * (64 / run.gain) ** 0.75 for rate in FIXED_RATES}
+        regrets = {name: regret_at(curve, rate) for name, rate in ({"prior": prior.best} | fixed).items()}
+        best_rate = float(curve.rates[lowest_rate(curve)])
         rows.append(
-            {"model": model, "schedule": schedule, "gain": target.gain, "rank": target.rank, "steps": target.steps}
-            | {"best_rate": target.best_rate, "prior_rate": prior.best, "low": prior.low, "high": prior.high}
-            | {"prior_covers_best": prior.low <= target.best_rate <= prior.high}
+            {"model": model, "schedule": run.schedule, "gain": run.gain, "rank": run.rank, "steps": run.steps}
+            | {"best_rate": best_rate, "prior_rate": prior.best, "low": prior.low, "high": prior.high}
+            | {"prior_covers_best": prior.low <= best_rate <= prior.high}
             | {name: regret for name, (regret, _) in regrets.items()}
             | {"is_lower_bound": any(is_bound for _, is_bound in regrets.values())}
         )
@@ -149,37 +117,30 @@ def summarise(cases: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def default_rate_regret(targets: Sequence[PlannedTarget]) -> pd.DataFrame:
+def default_rate_regret(targets: Targets) -> pd.DataFrame:
     """Return the regret of the default rates in every planned run."""
     rows = []
-    for target, (trainer, rate) in product(targets, DEFAULT_RATES.items()):
-        cost, is_lower_bound = target.regret(rate)
+    for (run, curve), (trainer, rate) in product(targets.items(), DEFAULT_RATES.items()):
+        cost, is_lower_bound = regret_at(curve, rate)
         rows.append(
-            {"trainer": trainer, "learning_rate": rate, "rank": target.rank, "gain": target.gain}
-            | {"steps": target.steps, "best_rate": target.best_rate, "regret": cost, "is_lower_bound": is_lower_bound}
+            {"trainer": trainer, "learning_rate": rate, "rank": run.rank, "gain": run.gain, "steps": run.steps}
+            | {"best_rate": float(curve.rates[lowest_rate(curve)]), "regret": cost, "is_lower_bound": is_lower_bound}
         )
-    columns = ("trainer", "learning_rate", "rank", "gain", "steps", "best_rate", "regret", "is_lower_bound")
-    return frames.from_rows(rows, columns)
+    return pd.DataFrame(rows)
 
 
-def read_folder(folder: Path) -> tuple[list[SweepRun], list[int], Schedule]:
-    """Return the runs of a folder, the tokens of its held-out records and its schedule."""
-    runs = read_runs(folder)
-    # Full fine-tuning has no adapter.
-    runs = [replace(run, gain=round(run.gain, 9)) for run in runs if run.rank and run.gain]
-    tokens = frames.read_csv(folder / "records.csv")["tokens"].astype(int).tolist()
-    manifest = read_manifest(folder, ("config",)) or {}
-    return runs, tokens, manifest["config"]["settings"]["schedule"]
+def read_targets(name: str, schedule: Schedule) -> Targets:
+    """Return the planned runs of a published run folder."""
+    curves = curves_after(PUBLISHED / name, TARGET_STEPS, schedule)
+    return planned_targets({replace(run, batch_size=BATCH_SIZE): curve for run, curve in curves.items()})
 
 
 def main(config: RegretOptions) -> None:
     """Compute the regrets, write the tables and print the summary."""
     rows, defaults = [], []
-    for name, parameters in RUNS.items():
-        runs, tokens, schedule = read_folder(PUBLISHED / name)
-        targets = planned_targets(runs, tokens)
-        model = "Gemma 3 270M" if "gemma" in name else "SmolLM2-135M"
-        rows += regret_rows(targets, model=model, parameters=parameters, schedule=schedule)
+    for name, (model, parameters, schedule) in RUNS.items():
+        targets = read_targets(name, schedule)
+        rows += case_rows(targets, model=model, parameters=parameters)
         defaults.append(default_rate_regret(targets).assign(model=model, schedule=schedule))
     cases = pd.DataFrame(rows)
     summary = summarise(cases)

@@ -18,12 +18,12 @@ seed has data of its own, so that the spread over seeds contains that between sa
 import argparse
 import math
 from functools import partial
+from operator import mul
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
-from sweep_folders import best_row, mean_regrets, read_curves
+from sweep_folders import best_row, distinct_factors, mean_regrets, read_curves
 
 from rora_theory.advice.best_rate import Run, carry_rate
 from rora_theory.evidence.policies import measured_policies
@@ -88,30 +88,10 @@ def exponent_rows(outcomes: pd.DataFrame) -> list[dict[str, object]]:
     return rows
 
 
-def stated_range(first: Curve, second: Curve) -> dict[str, object]:
+def stated_range(old: Run, new: Run) -> dict[str, object]:
     """Return the factor of the best rate that `rora_theory.transfer` states, with its 90% range."""
-    change = carry_rate(1.0, *(Run(curve.rank, curve.gain, STEPS) for curve in (first, second)))
+    change = carry_rate(1.0, old, new)
     return {"advice": change.best, "advice_low": change.low, "advice_high": change.high}
-
-
-def regret_rows(change: str, tuned: Curve, target: Curve, constant: float) -> list[dict[str, Any]]:
-    """Return the regret of every policy between two settings of one seed; none if a best rate is at an edge.
-
-    The displacement law has the constant K that was measured in the tuned runs, the advice the published one.
-    """
-    if tuned.edge or target.edge:
-        return []
-    old, new = (Run(curve.rank, curve.gain, STEPS) for curve in (tuned, target))
-    named = measured_policies({STEPS: constant})
-    rows: list[dict[str, Any]] = []
-    for policy, rate_of in named.items():
-        cost = regret(tuned, target, partial(rate_of, old, new))
-        # Policies of the same rate, such as all laws at one G, have one row: the first's.
-        if any(math.isclose(cost.learning_rate, row["learning_rate"]) for row in rows):
-            continue
-        row = {"change": change, "from": setting_of(tuned), "to": setting_of(target), "policy": policy}
-        rows.append(row | cost.row())
-    return rows
 
 
 def main() -> None:
@@ -127,10 +107,16 @@ def main() -> None:
         best += [seed | best_row(curve) for curve in curves]
         for change, first, second in pairs_of(curves):
             row = {"change": change, "from": setting_of(first), "to": setting_of(second)}
-            stated = stated_range(first, second)
+            runs = [Run(curve.rank, curve.gain, STEPS) for curve in (first, second)]
+            stated = stated_range(*runs)
             outcomes += [seed | row | ratio | stated for ratio in ratio_rows(first, second)]
-            constant = float(constants[first.rank, ALPHA])
-            costs += [seed | row for row in regret_rows(change, first, second, constant)]
+            # At an edge of its grid the lowest loss is unknown, and with it the regret.
+            if first.edge or second.edge:
+                continue
+            # The displacement law has the constant K that was measured in the tuned runs, the advice the published one.
+            named = measured_policies({STEPS: float(constants[first.rank, ALPHA])})
+            for policy, factor in distinct_factors(named, *runs).items():
+                costs.append(seed | row | {"policy": policy} | regret(first, second, partial(mul, factor)).row())
     predictions = pd.read_csv(folder / "predictions.csv").drop_duplicates(["from", "to"])
     compared = pd.DataFrame(outcomes)
     tables = {"best": pd.DataFrame(best), "exponents": pd.DataFrame(exponent_rows(compared))}

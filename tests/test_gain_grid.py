@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import scipy
 
+from rora_theory.advice.best_rate import Run
 from rora_theory.advice.constants import CONSTANTS
 from rora_theory.stats.rate_curves import Curve
 
@@ -216,11 +217,11 @@ def test_later_seeds_are_no_part_of_the_constants():
 
 def test_later_runs_are_judged_with_constants_of_other_models_and_enter_no_other_table():
     policies = importlib.import_module("gain_policies")
-    pair = policies.Pair(2.0**-9, 8, 32.0, replace(parabola(2.0**-10), scaling=16.0))
+    pair = policies.Pair(Run(8, 32.0), Run(8, 128.0), 2.0**-9, 2.0**-10, parabola(2.0**-10))
     rows = [("power of G", "ours", 0.5), ("power of G", "other", 1.0)]
     rows += [("displacement law", "ours", 10.0), ("displacement law", "other", 1e9)]
     own = pd.DataFrame(rows, columns=["law", "model", "constant"])
-    table = policies.judged_sets({"ours": {"later": [pair]}}, own).set_index("law")
+    table = policies.judged({"ours": {"later": [pair]}}, own).set_index("law")
     # At four times G the power 1 of the other model gives a quarter of the rate, and the best is a half: an octave.
     assert table.loc["power of G", "mean"] == pytest.approx(0.5, abs=1e-6)
     assert table.loc["first step", "mean"] == pytest.approx(0.5, abs=1e-6)
@@ -230,6 +231,43 @@ def test_later_runs_are_judged_with_constants_of_other_models_and_enter_no_other
     tests = pd.read_csv(policies.PUBLISHED / "gain_policies" / "tests.csv")
     keys = [set(zip(frame["model"], frame["runs"], strict=True)) for frame in (published, tests)]
     assert keys[0].isdisjoint(keys[1])
+
+
+def test_a_pair_over_g_has_one_schedule_batch_and_number_of_steps():
+    policies = importlib.import_module("gain_policies")
+    old = Run(8, 32.0, 64, "constant", 4)
+    assert policies.is_pair(old, replace(old, gain=64.0, rank=2))
+    assert policies.is_pair(old, replace(old, gain=16.0))
+    assert not policies.is_pair(old, replace(old, gain=33.0)), "no change of G"
+    for other in ({"steps": 256}, {"schedule": "cosine"}, {"batch_size": 16}):
+        assert not policies.is_pair(old, replace(old, gain=64.0, **other))
+
+
+def test_policies_of_one_rate_have_one_factor_under_the_first_name():
+    folders = importlib.import_module("sweep_folders")
+    by_name = {
+        "keep": lambda old, new, rate: rate,
+        "root": lambda old, new, rate: rate * (new.gain / old.gain) ** 0.5,
+        "none": lambda old, new, rate: rate * (new.gain / old.gain) ** 0,
+    }
+    assert folders.distinct_factors(by_name, Run(8, 4.0), Run(8, 16.0)) == {"keep": 1, "root": 2}
+    assert folders.distinct_factors(by_name, Run(8, 4.0), Run(2, 4.0)) == {"keep": 1}
+
+
+def test_every_set_of_runs_and_every_model_has_the_same_weight():
+    carried = importlib.import_module("carried")
+
+    # Keeping the rate costs half the square of the distance in octaves.
+    def pairs(octaves, count):
+        pair = carried.Pair(Run(8, 4.0), Run(8, 16.0), 2.0**-9, 2.0 ** (octaves - 9), parabola(2.0 ** (octaves - 9)))
+        return [pair] * count
+
+    table = {"one": {"few": pairs(1, 1), "many": pairs(2, 9)}, "two": {"few": pairs(0, 2)}}
+    judged = carried.judge(table, lambda model: {"keep": (lambda old, new: 1.0, 0.0)})
+    totals = carried.with_totals(judged).query("runs == 'all'").set_index("model")
+    assert totals["mean"].to_dict() == pytest.approx({"one": (0.5 + 2) / 2, "two": 0, "all models": 0.625}, abs=1e-6)
+    assert totals["pairs"].to_dict() == {"one": 10, "two": 2, "all models": 12}
+    assert totals.loc["all models", "largest"] == pytest.approx(2, abs=1e-6)
 
 
 def test_a_ratio_by_the_answers_is_of_the_rates_that_are_best_by_the_answers():

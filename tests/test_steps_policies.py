@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from rora_theory.advice.best_rate import Run
 from rora_theory.advice.constants import CONSTANTS, EVIDENCE
 from rora_theory.stats.rate_curves import Curve
 
@@ -26,29 +27,34 @@ def parabola(best, cost=1.0):
     return Curve("adamw", "both", "lora", 1.0, 8, 4.0, rates, losses, seeds=(0,))
 
 
+def after(steps, rank=8):
+    """Return a setting after a number of steps."""
+    return Run(rank, 32.0, steps)
+
+
 def model(steps, exponent, *, cost=1.0, growth=16):
     """Return a model's pairs, of which the best rate falls as a power of the number of steps."""
-    curves = {("a", 64): parabola(2.0**-8, cost), ("a", 64 * growth): parabola(2.0**-8 * growth**exponent, cost)}
-    return {"runs": list(steps.pairs_of(curves, steps.three_points))}
+    curves = {after(64): parabola(2.0**-8, cost), after(64 * growth): parabola(2.0**-8 * growth**exponent, cost)}
+    return {"runs": steps.pairs_of(curves.items(), steps.is_pair)}
 
 
 def test_a_pair_is_one_setting_after_fewer_and_more_steps(steps):
     curve, edge = parabola(2.0**-8), parabola(2.0**-16)
-    curves = {("a", 64): curve, ("a", 256): curve, ("a", 1024): curve, ("b", 64): curve, ("a", 16): curve}
-    pairs = list(steps.pairs_of(curves | {("b", 256): edge}, steps.three_points))
-    assert sorted(pair.growth for pair in pairs) == [4, 4, 16]
+    curves = dict.fromkeys((after(64), after(256), after(1024), after(64, rank=2), after(16)), curve)
+    pairs = steps.pairs_of((curves | {after(256, rank=2): edge}).items(), steps.is_pair)
+    assert sorted(steps.growth(pair.old, pair.new) for pair in pairs) == [4, 4, 16]
     # Every pair is carried upwards.
-    falling = {("a", 64): parabola(2.0**-7), ("a", 256): parabola(2.0**-8)}
-    (pair,) = steps.pairs_of(falling, steps.three_points)
-    assert pair.exponent == pytest.approx(-0.5, abs=1e-6)
-    assert pair.regret(-0.5)[0] == pytest.approx(0, abs=1e-6)
-    assert pair.regret(0.0) == (pytest.approx(1, rel=0.02), False)
-    assert pair.regret(9.0)[1], "far outside of the rates"
+    falling = {after(64): parabola(2.0**-7), after(256): parabola(2.0**-8)}
+    (pair,) = steps.pairs_of(falling.items(), steps.is_pair)
+    assert steps.exponent(pair) == pytest.approx(-0.5, abs=1e-6)
+    assert pair.regret(steps.power_of_steps(-0.5))[0] == pytest.approx(0, abs=1e-6)
+    assert pair.regret(steps.power_of_steps(0.0)) == (pytest.approx(1, rel=0.02), False)
+    assert pair.regret(steps.power_of_steps(9.0))[1], "far outside of the rates"
 
 
 def test_the_dearer_model_decides_and_is_judged_without_itself(steps):
     pairs = {"steep": model(steps, -0.5), "flat": model(steps, -0.25, cost=30.0)}
-    scanned = steps.scan(pairs)
+    scanned = steps.scan(pairs, steps.FAMILIES)
     own = steps.own_exponents(pairs, scanned)
     by_way = own.set_index(["model", "way"])["power"]
     for name, exponent in (("steep", -0.5), ("flat", -0.25)):
@@ -79,7 +85,7 @@ def test_the_way_with_the_lowest_regret_on_models_left_out_is_chosen(steps):
 def test_the_range_of_the_others_holds_a_pair_up_to_its_ends(steps):
     exponents = {"a": -0.2, "b": -0.4, "c": -0.3, "far": -0.9}
     pairs = {name: model(steps, exponent) for name, exponent in exponents.items()}
-    scanned = steps.scan(pairs)
+    scanned = steps.scan(pairs, steps.FAMILIES)
     own = steps.own_exponents(pairs, scanned)
     assert steps.spread_over_models(own[own["model"] != "far"], -0.3) == pytest.approx(math.sqrt(0.02 / 2), rel=0.01)
     table = steps.coverage(pairs, scanned, own, "mean exponent").set_index("model")
@@ -102,15 +108,17 @@ def test_the_published_exponent_is_the_chosen_one_with_the_extremes_of_its_model
 
 def test_the_published_regrets_come_from_the_published_runs(steps):
     """Recomputed for the runs of SmolLM2 and Gemma; without the readings at the edge of their rates."""
+    folders = {
+        ("SmolLM2-135M", "constant"): ("horizon", (64, 256)),
+        ("Gemma 3 270M", "cosine"): ("horizon_gemma_cosine", (256, 1024)),
+    }
     pairs = {
-        ("SmolLM2-135M", "constant"): steps.pairs_of(steps.folder_curves("horizon", (64, 256)), steps.three_points),
-        ("Gemma 3 270M", "cosine"): steps.pairs_of(
-            steps.folder_curves("horizon_gemma_cosine", (256, 1024)), steps.three_points
-        ),
+        key: steps.pairs_of(steps.curves_after(steps.PUBLISHED / folder, numbers).items(), steps.is_pair)
+        for key, (folder, numbers) in folders.items()
     }
     table = pd.read_csv(steps.PUBLISHED / "steps_policies" / "policies.csv").set_index(["model", "runs", "policy"])
     for (name, runs), chosen in pairs.items():
-        costs = [pair.regret(-0.25)[0] for pair in chosen]
+        costs = [pair.regret(steps.power_of_steps(-0.25))[0] for pair in chosen]
         row = table.loc[(name, runs, "T^-0.25")]
         assert (row["pairs"], row["mean"], row["largest"]) == (
             len(costs),
@@ -126,7 +134,7 @@ def test_a_loss_of_two_terms_has_the_exponent_that_one_rate_gives(steps, power, 
     curves = {}
     for number in (16, 64, 256):
         losses = 1 + (rates * number) ** -power / 5 + 20 * rates
-        curves["a", number] = Curve("adamw", "both", "lora", 1.0, 8, 4.0, rates, losses[None], seeds=(0,))
+        curves[after(number)] = Curve("adamw", "both", "lora", 1.0, 8, 4.0, rates, losses[None], seeds=(0,))
     (row,) = steps.two_term_rows("model", curves)
     assert (row["from_steps"], row["to_steps"]) == (16, 256)
     assert row["fall"] == pytest.approx(power, rel=1e-9)

@@ -1,15 +1,17 @@
 """The regret of rates without a tuned run on measured curves, where the best rates are known."""
 
+import importlib
 import math
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from benchmarks import tune
 from rora_theory.advice.best_rate import Run
 from rora_theory.evidence.rate_prior import rate_prior
+from rora_theory.lab.sweep.curves import curves_at
 from rora_theory.lab.sweep.runs import Reading, ReadRun, SweepRun
+from rora_theory.stats.rate_curves import Curve
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "published"
 TOKENS = [10 + index % 7 for index in range(32)]
@@ -29,21 +31,36 @@ def known_runs() -> list[SweepRun]:
     return runs
 
 
-@pytest.fixture(scope="module")
-def targets() -> list[tune.PlannedTarget]:
-    return tune.planned_targets(known_runs(), TOKENS)
+def known_curves(runs: list[SweepRun]) -> dict[Run, Curve]:
+    return {
+        Run(curve.rank, curve.gain, steps, "constant", 4): curve
+        for steps in BEST
+        for curve in curves_at(runs, TOKENS, steps, draws=2)
+    }
 
 
-@pytest.fixture(scope="module")
-def cases(targets) -> pd.DataFrame:
-    return pd.DataFrame(tune.regret_rows(targets, model="m", parameters=1.0, schedule="constant"))
+@pytest.fixture
+def tune(monkeypatch):
+    """Find the scripts as ``python benchmarks/NAME.py`` does."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    return importlib.import_module("tune")
 
 
-def test_planned_runs_have_a_best_rate_between_measured_ones(targets) -> None:
-    assert {(target.rank, target.steps) for target in targets} == {(8, 64), (8, 256), (128, 64), (128, 256)}
-    assert {target.steps: target.best_rate for target in targets} == pytest.approx(BEST)
+@pytest.fixture
+def targets(tune) -> dict[Run, Curve]:
+    return tune.planned_targets(known_curves(known_runs()))
+
+
+@pytest.fixture
+def cases(tune, targets) -> pd.DataFrame:
+    return pd.DataFrame(tune.case_rows(targets, model="m", parameters=1.0))
+
+
+def test_planned_runs_have_a_best_rate_between_measured_ones(tune, targets) -> None:
+    assert {(run.rank, run.steps) for run in targets} == {(8, 64), (8, 256), (128, 64), (128, 256)}
+    assert {run.steps: curve.rates[tune.lowest_rate(curve)] for run, curve in targets.items()} == pytest.approx(BEST)
     rising = [run for run in known_runs() if run.rate <= 4e-4]
-    assert {target.steps for target in tune.planned_targets(rising, TOKENS)} == set()
+    assert tune.planned_targets(known_curves(rising)) == {}
 
 
 def test_the_regret_is_that_of_the_measured_curve(cases) -> None:
@@ -56,7 +73,7 @@ def test_the_regret_is_that_of_the_measured_curve(cases) -> None:
     assert bool(row["prior_covers_best"]) is (prior.low <= 8e-4 <= prior.high)
 
 
-def test_the_summary_weighs_planned_runs_alike(cases) -> None:
+def test_the_summary_weighs_planned_runs_alike(tune, cases) -> None:
     summary = tune.summarise(cases).set_index("policy")
     assert summary.loc["prior", "mean"] == pytest.approx(cases["prior"].mean())
     assert summary.loc["fixed 0.0002", "largest"] == cases["fixed 0.0002"].max()
@@ -64,7 +81,7 @@ def test_the_summary_weighs_planned_runs_alike(cases) -> None:
     assert (summary["planned_runs"] == len(cases)).all()
 
 
-def test_a_default_rate_outside_the_measured_ones_is_a_lower_bound(targets) -> None:
+def test_a_default_rate_outside_the_measured_ones_is_a_lower_bound(tune, targets) -> None:
     costs = tune.default_rate_regret(targets)
     below = costs[costs["learning_rate"] < 1e-4]
     assert below["is_lower_bound"].all()
@@ -72,10 +89,8 @@ def test_a_default_rate_outside_the_measured_ones_is_a_lower_bound(targets) -> N
 
 
 @pytest.mark.slow
-def test_the_published_tables_are_those_of_the_published_runs() -> None:
-    runs, tokens, schedule = tune.read_folder(PUBLISHED / "horizon_cosine")
-    targets = tune.planned_targets(runs, tokens)
-    rows = tune.regret_rows(targets, model="SmolLM2-135M", parameters=0.135, schedule=schedule)
+def test_the_published_tables_are_those_of_the_published_runs(tune) -> None:
+    rows = tune.case_rows(tune.read_targets("horizon_cosine", "cosine"), model="SmolLM2-135M", parameters=0.135)
     published = pd.read_csv(PUBLISHED / "tune" / "cases.csv").query("schedule == 'cosine'")
     assert len(rows) == len(published)
     for name in ("prior", "prior_rate", "fixed 0.0007"):
