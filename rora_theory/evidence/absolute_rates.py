@@ -12,6 +12,7 @@ from rora_theory.evidence.regrets import lands_on_diverged
 from rora_theory.evidence.sweeps import Sweep
 from rora_theory.runs import frames
 from rora_theory.stats.rate_optimum import fit_minima
+from rora_theory.stats.regret import regrets_at
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -70,14 +71,13 @@ def absolute_regrets(sweeps: Sequence[Sweep]) -> "pd.DataFrame":
     for sweep in sweeps:
         for name, rate in rates_for(sweep.model).items():
             for fit in (fit for fit in sweep.fits if math.isclose(fit.curve.gain, starting_rates.ALPHA)):
-                losses, is_lower_bound = fit.curve.losses_at(np.array([rate]))
+                (regret,), (is_lower_bound,) = regrets_at(fit.curve, np.array([rate]))
                 is_lost = lands_on_diverged(fit.curve, rate)
-                regret = float(np.mean(losses[:, 0] - fit.curve.lowest_losses()))
                 rows.append(
                     {"source": sweep.source, "model": sweep.model, "rank": fit.curve.rank}
                     | {"gain": fit.curve.gain, "policy": name, "learning_rate": rate}
-                    | {"best_rate": fit.best_rate, "place": fit.place, "regret": math.inf if is_lost else regret}
-                    | {"is_lower_bound": bool(is_lower_bound[0]) and not is_lost, "is_lost": is_lost}
+                    | {"best_rate": fit.best_rate, "place": fit.place, "regret": math.inf if is_lost else float(regret)}
+                    | {"is_lower_bound": bool(is_lower_bound) and not is_lost, "is_lost": is_lost}
                 )
     return frames.from_rows(rows, COLUMNS)
 
