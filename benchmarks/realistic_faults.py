@@ -316,8 +316,8 @@ SWEEP_FAULTS = [
     ),
     Fault(
         f"{SWEEP}/results.py",
-        'seed_rows = group[group["seed"] == counts[counts == counts.max()].index.min()]',
-        "seed_rows = group",
+        'seed = int(group.groupby("seed")["learning_rate"].nunique().idxmax())',
+        'seed = int(group.loc[group["loss"].idxmin(), "seed"])',
         "the best rate is the luckiest seed's",
     ),
     Fault(
@@ -517,7 +517,7 @@ SWEEP_FAULTS = [
     ),
     Fault(
         "rora_theory/stats/regret.py",
-        "losses - curve.losses[:, [_index_of_lowest_loss(curve)]], axis=0)",
+        "losses - curve.losses[:, [curve.lowest]], axis=0)",
         "losses - curve.lowest_losses()[:, None], axis=0)",
         "the noise of single seeds counts as regret",
     ),

@@ -161,6 +161,11 @@ class Curve:
         return weighted_log2_rates((1.0,), self)
 
     @property
+    def lowest(self) -> int:
+        """Index of the measured rate with the lowest mean loss over seeds; the lower one of two."""
+        return int(np.argmin(np.mean(np.where(np.isfinite(self.losses), self.losses, np.inf), axis=0)))
+
+    @property
     def best_rate(self) -> float:
         """Best rate: the geometric mean over seeds, or over the resamples of a single seed."""
         return float(2**self.log2_optimum.value)

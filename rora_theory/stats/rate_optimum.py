@@ -40,39 +40,18 @@ class Best(NamedTuple):
     edge: Edge
 
 
-def best_rate(rates: Float[np.ndarray, " n"], losses: Float[np.ndarray, " n"]) -> Best:
-    """Fit a parabola through the lowest loss and its two neighbours, in log loss against log rate.
+def fit_minima(rates: Float[np.ndarray, " n"], losses: Float[np.ndarray, "curves n"], reach: float = 0.0) -> list[Best]:
+    """Fit a parabola through the lowest loss of each curve and its two neighbours, in log loss against log rate.
 
     Runs that diverged (not finite) count as higher than every other. Next to one, or at an edge, the measured rate is
     returned.
-
-    Args:
-      rates: Learning rates, ascending and above 0.
-      losses: Loss at every rate, above 0; NaN or infinity if the run diverged.
-
-    Returns:
-      The vertex of the parabola.
-
-    Raises:
-      InputError: If there are fewer than three rates, they do not ascend, or every run diverged.
-
-    Examples:
-      >>> round(best_rate(np.array([0.1, 1.0, 10.0]), np.array([2.0, 1.0, 2.0])).rate, 6)
-      1.0
-    """
-    losses = np.asarray(losses, np.float64)
-    return fit_minima(rates, losses.reshape(1, -1))[0]
-
-
-def fit_minima(rates: Float[np.ndarray, " n"], losses: Float[np.ndarray, "curves n"], reach: float = 0.0) -> list[Best]:
-    """Compute `best_rate` for several curves over the same rates.
 
     On a dense grid three neighbouring rates measure the noise of their losses. A positive ``reach`` fits the parabola
     by least squares to all rates within this distance of the lowest loss.
 
     Args:
       rates: Learning rates, ascending and above 0.
-      losses: Loss of every curve at every rate.
+      losses: Loss of every curve at every rate, above 0; NaN or infinity if the run diverged.
       reach: Distance in log rate from the lowest loss up to which rates belong to the fit; the two neighbours always
         do.
 
@@ -81,6 +60,10 @@ def fit_minima(rates: Float[np.ndarray, " n"], losses: Float[np.ndarray, "curves
 
     Raises:
       InputError: If there are fewer than three rates, they do not ascend, or every run of a curve diverged.
+
+    Examples:
+      >>> round(fit_minima(np.array([0.1, 1.0, 10.0]), np.array([[2.0, 1.0, 2.0]]))[0].rate, 6)
+      1.0
     """
     rates, losses = np.asarray(rates, np.float64), np.asarray(losses, np.float64)
     if len(rates) < 3 or len(rates) != losses.shape[1] or not (np.diff(rates) > 0).all() or rates[0] <= 0:

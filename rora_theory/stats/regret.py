@@ -83,7 +83,7 @@ def regrets_at(
       The regret at each rate in nats per token, and whether it is a lower bound, see `Curve.losses_at`.
     """
     losses, is_lower_bound = curve.losses_at(learning_rates)
-    return np.mean(losses - curve.losses[:, [_index_of_lowest_loss(curve)]], axis=0), is_lower_bound
+    return np.mean(losses - curve.losses[:, [curve.lowest]], axis=0), is_lower_bound
 
 
 def regret(tuned: Curve, target: Curve, policy: Policy) -> Regret:
@@ -108,7 +108,7 @@ def regret(tuned: Curve, target: Curve, policy: Policy) -> Regret:
     learning_rates = np.array([policy(float(2 ** (optimum.value + shift))) for shift in shifts])
 
     # The reference is one rate for all seeds and for all resamples of the records.
-    lowest = _index_of_lowest_loss(target)
+    lowest = target.lowest
 
     def seed_regrets(curve: Curve) -> Float[np.ndarray, " seeds"]:
         return curve.losses_at(learning_rates[[SHIFTS]])[0][:, 0] - curve.losses[:, lowest]
@@ -125,8 +125,3 @@ def regret(tuned: Curve, target: Curve, policy: Policy) -> Regret:
         lowest_loss=float(np.mean(target.losses[:, lowest])),
         is_lower_bound=bool(is_lower_bound[SHIFTS]),
     )
-
-
-def _index_of_lowest_loss(curve: Curve) -> int:
-    """Return the index of the rate with the lowest mean loss over seeds."""
-    return int(np.argmin(np.mean(np.where(np.isfinite(curve.losses), curve.losses, np.inf), axis=0)))

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rora_theory.errors import InputError
-from rora_theory.stats.rate_optimum import best_rate, fit_minima, grid_gaps, predicted_slopes, rate_gaps
+from rora_theory.stats.rate_optimum import fit_minima, grid_gaps, predicted_slopes, rate_gaps
 
 RATES = 2.0 ** np.arange(-6, 3)
 
@@ -29,8 +29,6 @@ def test_a_minimum_is_the_vertex_of_three_points_or_a_measured_point(seed, count
             vertex = fit.deriv().roots()[0]
             expected = np.exp(vertex), np.exp(fit(vertex))
         assert (best.rate, best.loss) == pytest.approx(expected, rel=1e-8)
-        alone = best_rate(rates, measured)
-        assert (alone.rate, alone.loss, alone.edge) == (pytest.approx(best.rate), pytest.approx(best.loss), best.edge)
 
 
 @pytest.mark.parametrize("kappa", [0.0, 0.25, 1.0])
@@ -58,7 +56,7 @@ def test_predicted_slopes(kappa):
 )
 def test_bad_curves(rates, losses, message):
     with pytest.raises(InputError, match=message):
-        best_rate(rates, losses)
+        fit_minima(rates, losses[None])
 
 
 def test_the_loss_that_a_grid_hides():

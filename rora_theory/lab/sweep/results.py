@@ -15,7 +15,7 @@ from rora_theory.lab.sweep.design import BASE, METHODS
 from rora_theory.lab.sweep.runs import SweepRun
 from rora_theory.runs import files, frames
 from rora_theory.stats.paired import mean_per_token
-from rora_theory.stats.rate_optimum import grid_gaps
+from rora_theory.stats.trained_runs import TrainedRun, curve_of_runs
 
 ANSWERS = "answers.csv"
 """File in a cell's folder with its answers by item."""
@@ -91,28 +91,25 @@ def marked_rates(rows: pd.DataFrame, loss: str = "validation_loss") -> pd.DataFr
     Returns:
       A row for each `GROUP` with a finished cell that did not diverge: ``learning_rate``; ``best_rate``, which is
       ``only``, ``edge`` (the lowest or highest rate) or ``yes``; and ``grid_error``, a bound on how far a minimum
-      between the rates may lie below the loss (`rate_optimum.grid_gaps`), NaN if there is no bound.
+      between the rates may lie below the loss (`Curve.grid_error`), NaN if there is no bound.
     """
     tried = rows[rows["learning_rate"].notna() & rows["status"].isin(("complete", "diverged"))]
     tried = tried.assign(loss=tried[loss].where(tried["status"] == "complete", math.inf).astype(float))
-    # Of a setting with several runs, such as runs of several lengths, the last one counts.
-    tried = tried.drop_duplicates([*GROUP, "seed", "learning_rate"], keep="last")
     best_rows = []
     for _, group in tried.groupby(GROUP, dropna=False, sort=False):
         # The lowest seed among those with the largest number of rates.
-        counts = group["seed"].value_counts()
-        seed_rows = group[group["seed"] == counts[counts == counts.max()].index.min()]
-        best = seed_rows.sort_values(["loss", "learning_rate"]).iloc[0]
-        if math.isfinite(best["loss"]):
+        seed = int(group.groupby("seed")["learning_rate"].nunique().idxmax())
+        rows_of_seed = group[group["seed"] == seed]
+        # Of a setting with several runs, such as runs of several lengths, the last one counts.
+        losses = zip(rows_of_seed["learning_rate"].tolist(), rows_of_seed["loss"].tolist(), strict=True)
+        curve = curve_of_runs([TrainedRun("", 0, 1.0, float(rate), seed, loss) for rate, loss in losses])
+        if math.isfinite(curve.losses[0, curve.lowest]):
             # At an end of the rates, the minimum may lie beyond them.
-            ends = seed_rows["learning_rate"].min(), seed_rows["learning_rate"].max()
-            mark = "only" if len(seed_rows) == 1 else "edge" if best["learning_rate"] in ends else "yes"
-            gap = math.nan
-            if mark == "yes":
-                rates, losses = seed_rows.sort_values("learning_rate")[["learning_rate", "loss"]].to_numpy(float).T
-                (gap,) = grid_gaps(rates, losses[None])
-                gap = gap if math.isfinite(gap) else math.nan
-            best_rows.append(best[[*GROUP, "learning_rate"]].to_dict() | {"best_rate": mark, "grid_error": gap})
+            count = len(curve.rates)
+            mark = "only" if count == 1 else "edge" if curve.lowest in (0, count - 1) else "yes"
+            gap = curve.grid_error if mark == "yes" else math.nan
+            best = rows_of_seed.iloc[0][GROUP].to_dict() | {"learning_rate": float(curve.rates[curve.lowest])}
+            best_rows.append(best | {"best_rate": mark, "grid_error": gap if math.isfinite(gap) else math.nan})
     columns = [*GROUP, "learning_rate", "best_rate", "grid_error"]
     return pd.DataFrame(best_rows, columns=columns).astype({name: rows[name].dtype for name in columns[:-2]})
 
