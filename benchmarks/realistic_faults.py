@@ -371,20 +371,20 @@ SWEEP_FAULTS = [
     # ---- exponents and laws
     Fault(
         f"{SWEEP}/law.py",
-        ".times(1 / math.log2(high / low))",
-        ".times(1 / math.log(high / low))",
+        "octaves = math.log2(second / first)\n            labels",
+        "octaves = math.log(second / first)\n            labels",
         "octaves are taken for natural logarithms in the exponent of a gain or rank",
     ),
     Fault(
         f"{SWEEP}/law.py",
-        "            octaves = math.log2(second / first)",
-        "            octaves = math.log(second / first)",
+        "octaves = math.log2(second / first)\n            slope",
+        "octaves = math.log(second / first)\n            slope",
         "octaves are taken for natural logarithms in the exponent of the steps",
     ),
     Fault(
         f"{SWEEP}/law.py",
-        "octaves = len(group) * math.log2(second / first)",
-        "octaves = math.log2(second / first)",
+        "weight = 1 / (len(group) * octaves)",
+        "weight = 1 / octaves",
         "a pooled exponent is a sum in place of a mean",
     ),
     Fault(
@@ -425,8 +425,8 @@ SWEEP_FAULTS = [
     ),
     Fault(
         f"{SWEEP}/law.py",
-        "whole_curve_log2_rates([sign / octaves for _ in group for sign in (-1.0, 1.0)], *ends)",
-        "whole_curve_log2_rates([sign / octaves for _ in group for sign in (1.0, -1.0)], *ends)",
+        "whole_curve_log2_rates([sign * weight for _ in group for sign in (-1.0, 1.0)], *ends)",
+        "whole_curve_log2_rates([sign * weight for _ in group for sign in (1.0, -1.0)], *ends)",
         "an exponent of whole curves has the wrong sign",
     ),
     # ---- parts of the change

@@ -19,7 +19,7 @@ from rora_theory.lab.sweep.curves import (
     rate_table,
     ratio_table,
 )
-from rora_theory.lab.sweep.law import RateLaw, setting_exponents, step_exponents, whole_curve_exponents
+from rora_theory.lab.sweep.law import RateLaw, setting_exponents, step_exponents
 from rora_theory.lab.sweep.regret import regret_by_policy, regret_table
 from rora_theory.lab.sweep.runs import FULL, SweepRun
 from rora_theory.stats.rate_curves import Curve
@@ -45,8 +45,8 @@ TABLES: Mapping[str, str] = {
     "ratios": "ratios of best rates, `curves.ratio_table`",
     "comparisons": "comparisons of curves at their best rates, `curves.compare_best_rates`",
     "one_rate": "comparisons at the same rate, `curves.compare_at_one_rate`",
-    "exponents": "exponents of the best rates in gain and rank, `law.setting_exponents`",
-    "pooled": "the exponents by whole curves, alone and pooled, `law.whole_curve_exponents`",
+    "exponents": "exponents of the best rates in gain and rank, `law.SettingExponents.each`",
+    "pooled": "the exponents by whole curves, alone and pooled, `law.SettingExponents.pooled`",
     "steps": "exponents of the best rates in the number of steps, `law.step_exponents`",
     "parts": "ratio of the parts of the change in every run, `change_parts.part_table`",
     "constants": "displacement constants K, `change_parts.constants_by_steps`",
@@ -151,16 +151,11 @@ def judge_runs(
     tables["constants"] = constants = constants_by_steps(tables["parts"], best)
     by_steps = constants.groupby("step") if len(constants) else ()
     ranges = {int(step): (float(rows["constant"].min()), float(rows["constant"].max())) for step, rows in by_steps}
-    exponents = pd.DataFrame()
+    measured = [setting_exponents(step_curves, step, law, constants=ranges) for step, step_curves in curves.items()]
+    tables["exponents"] = _concatenate(exponents.each for exponents in measured)
+    tables["pooled"] = _concatenate(exponents.pooled for exponents in measured)
     if law.crossing_distances:
-        tables["exponents"] = exponents = _concatenate(
-            setting_exponents(step_curves, step, law, constants=ranges) for step, step_curves in curves.items()
-        )
         tables["steps"] = step_exponents(curves, law)
-    tables["pooled"] = _concatenate(
-        whole_curve_exponents(step_curves, step, exponents[exponents["step"] == step] if len(exponents) else exponents)
-        for step, step_curves in curves.items()
-    )
     # Regret of policies, with the geometric middle of the displacement constants at each step.
     middle = {step: math.sqrt(low * high) for step, (low, high) in ranges.items()}
     crossing_distance = float(np.median(law.crossing_distances)) if law.crossing_distances else None
@@ -192,7 +187,7 @@ def describe_exponents(runs: int, best: pd.DataFrame, exponents: pd.DataFrame, *
     Args:
       runs: Number of runs.
       best: `curves.best_rate_table` of every step.
-      exponents: `law.setting_exponents` of every step.
+      exponents: `law.SettingExponents.each` of every step.
       law: Whether crossing distances are known.
     """
     if best.empty:
@@ -213,7 +208,7 @@ def _count_verdicts(verdicts: pd.Series) -> str:
 
 
 def add_against_column(exponents: pd.DataFrame) -> pd.DataFrame:
-    """Add a column ``against`` to `law.setting_exponents` that describes what the rate is compared against."""
+    """Add a column ``against`` to `law.SettingExponents.each` that describes what the rate is compared against."""
     return exponents.assign(against=exponents["over"].map({"gain": "gamma r at r =", "rank": "r at gamma r ="}))
 
 

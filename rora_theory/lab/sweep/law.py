@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -39,7 +39,7 @@ EXPONENT_COLUMNS = (
     "step", "over", "at", "first", "second", "exponent", "standard_error", "half_width", "error_over", "law_low", "law",
     "law_high", "seeds", "verdict", "edge", "displacement_low", "displacement_high", "displacement_verdict",
 )  # fmt: skip
-"""Columns of `setting_exponents`."""
+"""Columns of `SettingExponents.each`."""
 
 STEP_COLUMNS = (
     "rank", "gain", "first", "second", "exponent", "standard_error", "half_width", "error_over", "seeds", "law_low",
@@ -106,32 +106,48 @@ def read_regime(folder: Path) -> RateLaw:
     return RateLaw(tuple(crossing_distances), tuple(run.linear_terms.values()))
 
 
+class SettingExponents(NamedTuple):
+    """Exponents of the best rate between two values of the gain or of the rank.
+
+    Attributes:
+      each: A row for each value and value of the other setting, with the columns `EXPONENT_COLUMNS`.
+      pooled: A row for each pair of values and each value of the other setting, and one for all of these together.
+    """
+
+    each: pd.DataFrame
+    pooled: pd.DataFrame
+
+
 def setting_exponents(
     curves: Sequence[Curve],
     step: int,
     law: RateLaw,
     *,
     constants: Mapping[int, tuple[float, float]] | None = None,
-) -> pd.DataFrame:
+) -> SettingExponents:
     """Measure the exponents of the best rate in gamma r and in the rank, and compare them with the laws.
 
-    At every rank the exponent in gamma r is measured from each gain to the largest; at every gain the exponent
-    in the rank is measured from each rank to the largest.
+    At every rank the exponent in gamma r is measured, by the lowest losses, from each gain to the largest; at every
+    gain the exponent in the rank is measured from each rank to the largest. By whole curves, all pairs of gains and of
+    ranks are measured, at each value of the other setting and pooled over these values. The pooled verdicts have more
+    power than those on single exponents: see ``power.csv`` of `benchmarks.verdict_rules`.
 
     Args:
       curves: `curves.curves_at` the step.
       step: Number of steps.
-      law: Law of a constant gradient, with crossing distances.
+      law: Law of a constant gradient; without crossing distances there are exponents by whole curves alone, and no
+        verdicts.
       constants: Smallest and largest measured displacement constant K by number of steps, see
         `change_parts.constants_by_steps`; without them the displacement law is left out over the gain.
 
     Returns:
-      A row for each pair of values of the gain or the rank, with the columns
+      Two tables with the columns
 
-      - ``step``, ``over`` (``gain`` or ``rank``, the setting that changes), ``at`` (value of the other setting),
-        ``first`` and ``second`` (values of the setting that changes);
-      - ``exponent`` with ``standard_error``, 95% ``half_width`` and ``error_over``, from the ``seeds`` that both curves
-        have, and ``edge`` as in `step_exponents`;
+      - ``step``, ``over`` (``gain`` or ``rank``, the setting that changes), ``at`` (value of the other setting; in
+        ``pooled`` all that are pooled, separated by spaces), ``first`` and ``second`` (values of the setting that
+        changes);
+      - ``exponent`` with ``standard_error``, 95% ``half_width`` and ``error_over``, from the ``seeds`` that all curves
+        have, and ``edge`` as in `step_exponents`; in ``pooled``, whether there is any;
       - ``law_low``, ``law`` and ``law_high``, the exponent by the law of a constant gradient, and ``verdict`` on it,
         see `stats.verdicts.judge_range`. Over the gain the range is that of the modules' crossing distances, at the
         measured best rate. Over the rank it extends from 0, where the signal or A dominates, to the exponents that
@@ -140,95 +156,91 @@ def setting_exponents(
       - ``displacement_low`` and ``displacement_high``, the exponents of the displacement law, and
         ``displacement_verdict``: over the gain those over the measured constants and every coherence, over the rank
         0. Each law is a rival of the other.
-    """
-    rows = []
-    # Settings are pairs of rank (index 0) and gain (index 1). One of them changes, the other is the same.
-    curve_of_setting = {(curve.rank, curve.gain): curve for curve in curves}
-    for over, index in (("gain", 1), ("rank", 0)):
-        # Each curve with the one of the largest gain (or rank) at the same rank (or gain).
-        pairs = [
-            (key, max(other for other in curve_of_setting if other[1 - index] == key[1 - index]))
-            for key in sorted(curve_of_setting, key=lambda key: (key[1 - index], key[index]))
-        ]
-        for first, last in pairs:
-            ends = at_shared_seeds(curve_of_setting[first], curve_of_setting[last]) if first != last else ()
-            if not ends:
-                continue
-            at, low, high = first[1 - index], first[index], last[index]
-            # Measured exponent, then those of the laws.
-            slope = weighted_log2_rates((-1.0, 1.0), *ends).times(1 / math.log2(high / low))
-            predicted: tuple[float, ...] = (0.0, 0.0, 0.0)
-            # By the displacement law the rank has no effect but through gamma r.
-            displaced: tuple[float, float] | None = (0.0, 0.0)
-            if over == "gain":
-                predicted = tuple(law.gain_exponents((low, high), steps=step, rate=ends[0].best_rate))
-                displaced = _displacement_exponents((constants or {}).get(step), low, high)
-            elif law.linear_terms:
-                # Rates that preserve each module's first step.
-                exponents = laws.equal_change_rank_exponent(low, high, np.array(law.linear_terms))
-                predicted = (0.0, *np.quantile(exponents, QUANTILES[1:]).tolist())
-            edge, seeds = _edge_of_pair(*ends), len(ends[0].losses)
-            labels = {"step": step, "over": over, "at": at, "first": low, "second": high}
-            judged = _judge(slope, (min(predicted), max(predicted)), displaced, over, is_bound=bool(edge), seeds=seeds)
-            rows.append(labels | judged | {"law": predicted[1], "edge": edge})
-    return frames.from_rows(rows, EXPONENT_COLUMNS) if rows else pd.DataFrame()
 
-
-def whole_curve_exponents(curves: Sequence[Curve], step: int, exponents: pd.DataFrame) -> pd.DataFrame:
-    """Measure the exponents by whole curves, at each value of the other setting and pooled over these values.
-
-    The pooled verdicts have more power than those on single exponents: see ``power.csv`` of `benchmarks.verdict_rules`.
-
-    Args:
-      curves: `curves.curves_at` the step.
-      step: Number of steps.
-      exponents: `setting_exponents` of the curves, whose predictions are pooled to their common range; empty without a
-        law.
-
-    Returns:
-      A row for each pair of values of the gain or the rank and each value of the other setting, and one for the pooled
-      values with the most seeds, with the columns of `setting_exponents`. ``at`` has the values of the other setting,
-      separated by spaces. A verdict stands beside the pooled exponent alone.
+      A row of ``pooled`` over the values with the most seeds has the common range of their predictions, and the
+      verdicts; the others have neither.
     """
     curve_of_setting = {(curve.rank, curve.gain): curve for curve in curves if curve.rank}
-    rows = []
+    rows, pooled_rows = [], []
+    # Settings are pairs of rank (index 0) and gain (index 1). One of them changes, the other is the same.
     for over, index in (("gain", 1), ("rank", 0)):
+        # Largest value that changes, by that of the other setting.
+        largest: dict[float, float] = {}
+        for key in sorted(curve_of_setting, key=lambda key: (key[1 - index], key[index])):
+            largest[key[1 - index]] = key[index]
         for first, second in combinations(sorted({key[index] for key in curve_of_setting}), 2):
             # Pairs of curves with shared seeds, by the value of the other setting.
             pairs: dict[float, tuple[Curve, ...]] = {}
-            for at in sorted({key[1 - index] for key in curve_of_setting}):
+            for at in largest:
                 settings: list[Any] = [(at, end) if over == "gain" else (end, at) for end in (first, second)]
                 if all(setting in curve_of_setting for setting in settings):
                     shared = at_shared_seeds(*(curve_of_setting[setting] for setting in settings))
                     pairs |= {at: shared} if shared else {}
-            predicted = exponents
-            if len(exponents):
-                is_pair = (exponents["over"] == over) & (exponents["first"] == first) & (exponents["second"] == second)
-                predicted = exponents[is_pair]
-            # Values of the other setting with the most seeds; one with fewer would leave out seeds of the others.
-            seeds_at = {at: len(pairs[at][0].losses) for at in (predicted["at"] if len(predicted) else pairs)}
+            octaves = math.log2(second / first)
+            labels = {"step": step, "over": over, "first": first, "second": second}
+            # By the lowest losses, at each value of the other setting.
+            predicted = {}
+            for at, ends in pairs.items() if law.crossing_distances else ():
+                if second != largest[at]:
+                    continue
+                exponents = _predict_exponents(law, over, (first, second), steps=step, rate=ends[0].best_rate)
+                # By the displacement law the rank has no effect but through gamma r.
+                displaced: tuple[float, float] | None = (0.0, 0.0)
+                if over == "gain":
+                    displaced = _displacement_exponents((constants or {}).get(step), first, second)
+                law_range = min(exponents), max(exponents)
+                predicted[at] = law_range, displaced
+                slope = weighted_log2_rates((-1.0, 1.0), *ends).times(1 / octaves)
+                edge = _edge_of_pair(*ends)
+                judged = _judge(slope, law_range, displaced, over, is_bound=bool(edge), seeds=len(ends[0].losses))
+                rows.append(labels | judged | {"at": at, "law": exponents[1], "edge": edge})
+            # By whole curves, also over the values with the most seeds; one with fewer would leave out seeds of the
+            # others.
+            seeds_at = {at: len(pairs[at][0].losses) for at in predicted or pairs}
             pooled = tuple(at for at, seeds in seeds_at.items() if seeds == max(seeds_at.values()))
             for group in dict.fromkeys([*((at,) for at in pairs), pooled]):
                 ends = at_shared_seeds(*(curve for at in group for curve in pairs[at])) if group else ()
                 if not ends:
                     continue
-                octaves = len(group) * math.log2(second / first)
-                slope = whole_curve_log2_rates([sign / octaves for _ in group for sign in (-1.0, 1.0)], *ends)
+                weight = 1 / (len(group) * octaves)
+                slope = whole_curve_log2_rates([sign * weight for _ in group for sign in (-1.0, 1.0)], *ends)
                 if math.isnan(slope.value):
                     continue
-                edge, seeds = any(curve.edge for curve in ends), len(ends[0].losses)
-                row = {"step": step, "over": over, "at": " ".join(f"{at:g}" for at in group)}
-                row |= {"first": float(first), "second": float(second), "edge": edge}
-                law: tuple[float, float] | None = None
-                displaced: tuple[float, float] | None = None
-                if group == pooled and len(predicted):
-                    members = predicted[predicted["at"].isin(group)]
-                    law = float(members["law_low"].min()), float(members["law_high"].max())
-                    if members["displacement_low"].notna().all():
-                        displaced = float(members["displacement_low"].min()), float(members["displacement_high"].max())
-                rows.append(row | _judge(slope, law, displaced, over, is_bound=edge, seeds=seeds))
+                # The laws' predictions for the pooled values, to their common range.
+                members = [predicted[at] for at in group] if group == pooled and predicted else []
+                common, displaced = (_common_range([ranges[place] for ranges in members]) for place in (0, 1))
+                is_edge = any(curve.edge for curve in ends)
+                judged = _judge(slope, common, displaced, over, is_bound=is_edge, seeds=len(ends[0].losses))
+                at_all = " ".join(f"{at:g}" for at in group)
+                row = {"at": at_all, "first": float(first), "second": float(second), "edge": is_edge}
+                pooled_rows.append(labels | judged | row)
+    rows.sort(key=lambda row: (row["over"], row["at"], row["first"]))
     columns = [name for name in EXPONENT_COLUMNS if name != "law"]
-    return frames.from_rows(rows, columns) if rows else pd.DataFrame()
+    return SettingExponents(
+        frames.from_rows(rows, EXPONENT_COLUMNS) if rows else pd.DataFrame(),
+        frames.from_rows(pooled_rows, columns) if pooled_rows else pd.DataFrame(),
+    )
+
+
+def _predict_exponents(
+    law: RateLaw, over: str, ends: tuple[float, float], *, steps: int, rate: float
+) -> tuple[float, ...]:
+    """Return the lowest, the median and the highest exponent by the law of a constant gradient, not in order."""
+    if over == "gain":
+        return tuple(law.gain_exponents(ends, steps=steps, rate=rate))
+    if not law.linear_terms:
+        return (0.0, 0.0, 0.0)
+    # Rates that preserve each module's first step.
+    exponents = laws.equal_change_rank_exponent(int(ends[0]), int(ends[1]), np.array(law.linear_terms))
+    return (0.0, *np.quantile(exponents, QUANTILES[1:]).tolist())
+
+
+def _common_range(ranges: Sequence[tuple[float, float] | None]) -> tuple[float, float] | None:
+    """Return the smallest range that contains all; None if there is none or one is not known."""
+    known = [ends for ends in ranges if ends is not None]
+    if not known or len(known) < len(ranges):
+        return None
+    return min(low for low, _ in known), max(high for _, high in known)
 
 
 def _judge(
