@@ -19,15 +19,21 @@ DRAWS = 400
 """Number of bootstrap samples of the held-out records."""
 
 
-def read_curves(folder: Path, step: int) -> list[Curve]:
+def read_curves(folder: Path, step: int, draws: int = DRAWS) -> list[Curve]:
     """Return the curves of a run folder after a number of steps, in ascending order of rank and scaling."""
     tokens = next(iter(read_tokens(folder).values()))[0]
-    return curves_at(read_runs(folder), tokens, step, draws=DRAWS)
+    return curves_at(read_runs(folder), tokens, step, draws=draws)
 
 
-def curves_after(folder: Path, steps: Iterable[int], schedule: Schedule = "constant") -> dict[Run, Curve]:
+def curves_after(
+    folder: Path, steps: Iterable[int], schedule: Schedule = "constant", draws: int = DRAWS
+) -> dict[Run, Curve]:
     """Return the curves of a run folder after each number of steps, by their settings."""
-    return {Run(curve.rank, curve.gain, step, schedule): curve for step in steps for curve in read_curves(folder, step)}
+    return {
+        Run(curve.rank, curve.gain, step, schedule): curve
+        for step in steps
+        for curve in read_curves(folder, step, draws)
+    }
 
 
 def regret_at(curve: Curve, learning_rate: float) -> tuple[float, bool]:
