@@ -11,6 +11,9 @@ import runpy
 import sys
 from pathlib import Path
 
+from rora_theory.runs import software
+from sims.common import tables
+
 FIGURES = "figures"
 
 
@@ -28,37 +31,27 @@ def describe_commands(package: str) -> dict[str, str]:
 
 def main() -> None:
     """Run the command that the first word of the command line names."""
-    from sims.common import cli
-
     # `rora figures NAME` runs a module of the other package.
-    package, words = "sims", sys.argv[1:]
+    package, program, words = "sims", "rora", sys.argv[1:]
     if words[:1] == [FIGURES]:
-        package, words = FIGURES, words[1:]
+        package, program, words = FIGURES, f"rora {FIGURES}", words[1:]
     commands = describe_commands(package)
     listed = commands | ({FIGURES: "Draw figures of saved runs; rora figures lists them."} if package == "sims" else {})
-    name = words[0].replace("-", "_") if words else "--help"
-    # Options of the program itself: the line above has replaced their hyphens.
-    if name in ("_h", "__help", "--help"):
-        print_commands(package, listed)
-        return
-    if name == "__version":
-        cli.print_versions()
-        return
-    if name not in commands:
-        print(f"error: unknown command {words[0]!r}; supported: {', '.join(listed)}", file=sys.stderr)
+    word = words[0] if words else "--help"
+    name = word.replace("-", "_")
+    if name in commands:
+        # Run the module as `python -m` does.
+        sys.argv = [f"{package}.{name}", *words[1:]]
+        runpy.run_module(f"{package}.{name}", run_name="__main__", alter_sys=True)
+    elif word in ("-h", "--help"):
+        tables.print_table(
+            f"{program} NAME --help lists the options of a command.", ["command", "description"], listed.items(), left=2
+        )
+    elif word == "--version":
+        print(", ".join(" ".join(version) for version in software.versions().items()))
+    else:
+        print(f"error: unknown command {word!r}; supported: {', '.join(listed)}", file=sys.stderr)
         sys.exit(2)
-    # Run the module as `python -m` does.
-    sys.argv = [f"{package}.{name}", *words[1:]]
-    runpy.run_module(f"{package}.{name}", run_name="__main__", alter_sys=True)
-
-
-def print_commands(package: str, commands: dict[str, str]) -> None:
-    """Print the commands of a package with their descriptions."""
-    from sims.common import tables
-
-    program = "rora" if package == "sims" else f"rora {FIGURES}"
-    title = f"{program} NAME --help lists the options of a command."
-    tables.print_table(title, ["command", "description"], commands.items(), left=2)
 
 
 if __name__ == "__main__":
