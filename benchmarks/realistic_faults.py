@@ -34,15 +34,15 @@ TUNE_COMMAND = "sims/tune.py"
 WORKERS_FAULTS = [
     Fault(
         CLUSTER,
-        "if not _last_work or _last_work[0][0] != reference:",
-        "if not _last_work:",
-        "a worker goes on with the work of the run before",
+        "@functools.lru_cache(maxsize=1)\n",
+        "",
+        "a worker loads the work anew for each cell",
     ),
     Fault(
         CLUSTER,
-        "if lock is None or read_lock(folder) != lock:",
-        "if read_lock(folder) is None:",
-        "a worker writes into another owner's folder of the same path",
+        "if not run.is_dir():",
+        "if not folder.is_absolute():",
+        "a worker that does not see the run folder makes one of its own",
     ),
     Fault(
         CLUSTER,
@@ -52,8 +52,8 @@ WORKERS_FAULTS = [
     ),
     Fault(
         CLUSTER,
-        "yield outcome._replace(position=index)",
-        "yield outcome",
+        "return CellOutcome(position, ",
+        "return CellOutcome(0, ",
         "every result is that of the first cell",
     ),
     Fault(
@@ -70,19 +70,19 @@ WORKERS_FAULTS = [
     ),
     Fault(
         CLUSTER,
-        "leave()  # stops the cells that are running\n            raise",
+        "ray.shutdown()  # stops the cells that are running\n            raise",
         "raise",
         "cells run on after an interruption",
     ),
     Fault(
         CLUSTER,
-        '_temp_dir=f"{session.name}/ray"',
+        "_temp_dir=folder",
         '_temp_dir="/tmp/ray"',
         "Ray's session lies in a folder that every user can enter",
     ),
     Fault(
         CLUSTER,
-        '| {"OMP_NUM_THREADS": str(os.cpu_count() or 1)}',
+        '"OMP_NUM_THREADS": str(os.cpu_count() or 1),',
         "",
         "workers have one NumPy thread, so that their results have other bits",
     ),
@@ -94,7 +94,7 @@ WORKERS_FAULTS = [
     ),
     Fault(
         CLUSTER,
-        "signal.signal(signal.SIGTERM, before)  # restore the handler that Ray replaces",
+        "signal.signal(signal.SIGTERM, handler)  # Ray replaces it",
         "pass",
         "SIGTERM is handled by Ray after the start",
     ),
@@ -112,15 +112,9 @@ WORKERS_FAULTS = [
     ),
     Fault(
         CLUSTER,
-        "if not any(all(node.get(name, 0) >= count for name, count in required.items()) for node in nodes):",
-        "if not all(sum(node.get(name, 0) for node in nodes) >= count for name, count in required.items()):",
-        "a cell is accepted if all nodes together have what it needs",
-    ),
-    Fault(
-        CLUSTER,
-        '[node["Resources"] for node in ray.nodes() if node["Alive"]]',
-        '[node["Resources"] for node in ray.nodes()]',
-        "the resources of a dead node count",
+        "if needs.get(option, 0) > available.get(name, 0):",
+        "if name not in available:",
+        "cells wait forever for more than this machine has",
     ),
     Fault(
         CLUSTER,

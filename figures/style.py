@@ -15,7 +15,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rora_theory.defaults import MODEL_NAMES
-from rora_theory.errors import InputError
 from rora_theory.plots import (  # noqa: F401 (figures take them from here)
     BAND_COLOUR,
     COLOURS,
@@ -184,15 +183,7 @@ def seeds_of(manifest: dict[str, Any]) -> int:
 
 def command(draw: Callable[[Options], Sequence[Path]], config: type[Options], description: str | None) -> None:
     """Run the command line of a figure, whose options are the fields of a dataclass with a folder ``out``."""
-
-    def draw_parsed() -> None:
-        parsed = cli.parse(config, description=description or "")
-        try:
-            main(draw, parsed)
-        except InputError as error:
-            raise cli.with_options(error, config) from None
-
-    cli.run_command(draw_parsed)
+    cli.command(config, lambda options: main(draw, options), description)()
 
 
 def main(draw: Callable[..., Sequence[Path]], *arguments: Any) -> None:

@@ -1,13 +1,10 @@
 """The beginning and the end of a command: options from a dataclass, and one line and status 2 for bad input."""
 
-import contextlib
 import copy
 import dataclasses
 import errno
-import io
 import logging
 import os
-import re
 import signal
 import sys
 import typing
@@ -16,12 +13,11 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import tyro
-from rich.console import Console
 from tyro.conf import arg
 
 from rora_theory import extras
 from rora_theory.errors import FailedError, InputError, shown
-from rora_theory.runs import cluster, files, folder, software
+from rora_theory.runs import files, folder
 from sims.common import answers, tables
 
 Options = TypeVar("Options")
@@ -42,9 +38,6 @@ Out = Annotated[Path | None, arg(help="Run folder; by default results/COMMAND/ID
 INTERRUPTED = "Interrupted."
 RESUMABLE = f"{INTERRUPTED} Run the same command again to resume."
 """Last line of a command that Ctrl-C or SIGTERM ends while it has an open run folder."""
-
-REPEAT_SECONDS = 5.0
-"""Time after which an interruption is repeated if the command goes on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,35 +66,24 @@ def parse(config: type[Options], argv: Sequence[str] | None = None, *, descripti
       description: Description of the command in ``--help``.
 
     Raises:
-      InputError: If the dataclass refuses a value, or a file of options cannot be read.
-      SystemExit: After ``--help``, with status 0; after an error of tyro, with status 2.
+      InputError: If a file of options cannot be read.
+      SystemExit: After ``--help``, with status 0; after an error of tyro or a value that the dataclass refuses, with
+        status 2.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     shared, words = tyro.cli(SharedOptions, args=words, return_unknown_args=True, add_help=False)
     for path in reversed(shared.config):
         words += _read_options(path, words)
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors):
-            parsed = tyro.cli(
-                config,
-                prog=f"python -m {spec.name}" if spec else None,
-                args=words,
-                description=f"{description}\n\n{SHARED_HELP}",
-                # Option names without the names of the dataclasses that contain them. For help from comments, tyro
-                # would parse each source file at each call.
-                config=(tyro.conf.OmitArgPrefixes, tyro.conf.SuppressFixed, tyro.conf.HelptextFromCommentsOff),
-            )
-    except SystemExit as stop:
-        # An InputError of a `__post_init__` is reported in one line, as those that are raised later.
-        cause = stop.__context__
-        while cause is not None and not isinstance(cause, InputError):
-            cause = cause.__context__
-        if cause is not None:
-            raise with_options(cause, config) from None
-        print(errors.getvalue(), end="", file=sys.stderr)
-        raise
+    module = _module_of_process()
+    parsed = tyro.cli(
+        config,
+        prog=f"python -m {module}" if module else None,
+        args=words,
+        description=f"{description}\n\n{SHARED_HELP}",
+        # Option names without the names of the dataclasses that contain them. For help from comments, tyro would parse
+        # each source file at each call.
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.SuppressFixed, tyro.conf.HelptextFromCommentsOff),
+    )
     if shared.json:
         answers.collect_json()
     return parsed
@@ -136,11 +118,6 @@ def without_options(config: type, *names: str) -> type:
     return dataclasses.make_dataclass(config.__name__, fixed_fields, bases=(config,), frozen=True)
 
 
-def print_versions() -> None:
-    """Print the versions of the package and of the packages that its results depend on."""
-    print(", ".join(" ".join(version) for version in software.versions().items()))
-
-
 def command(config: type[Options], work: Callable[[Options], object], description: str | None) -> Callable[..., None]:
     """Return the ``main`` of a command, which parses its arguments or the command line, and runs the command.
 
@@ -148,77 +125,24 @@ def command(config: type[Options], work: Callable[[Options], object], descriptio
       The function, see `run_command`.
     """
 
-    def parse_and_work(argv: Sequence[str] | None) -> None:
-        parsed = parse(config, argv, description=(description or "").strip())
-        try:
-            work(parsed)
-        except InputError as error:
-            raise with_options(error, config) from None
-
     def main(argv: Sequence[str] | None = None) -> None:
-        run_command(lambda: parse_and_work(argv))
+        run_command(lambda: work(parse(config, argv, description=(description or "").strip())))
 
     return main
 
 
-def with_options(error: InputError, config: type) -> InputError:
-    """Write the names of arguments in an error as options: at its beginning, after a verb, or of several words."""
-    names = set(_field_names(config))
-
-    def as_option(match: re.Match[str]) -> str:
-        name = match[0]
-        is_alone = match.start() == 0 or match.string[: match.start()].endswith(("without ", "Add ", "emove "))
-        is_argument = name in names and ("_" in name or is_alone)
-        return f"--{name.strip('_').replace('_', '-')}" if is_argument else name
-
-    error.args = (re.sub(r"(?<![\w./'\"-])[a-zA-Z_]+(?![\w./'\":(-])", as_option, str(error)), *error.args[1:])
-    return error
-
-
-def _field_names(config: type) -> Iterator[str]:
-    """Yield the names of the fields of a dataclass and of all dataclasses nested in it."""
-    hints = typing.get_type_hints(config)
-    for field in dataclasses.fields(config):
-        if dataclasses.is_dataclass(kind := hints[field.name]):
-            yield from _field_names(typing.cast(type, kind))
-        else:
-            yield field.name
+def _module_of_process() -> str | None:
+    """Return the module of the command that this process runs, or None if another program calls the command."""
+    name = getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", "")
+    return name if name.startswith(("sims.", "figures.")) else None
 
 
 class _Terminated(KeyboardInterrupt):
     """SIGTERM, which a cluster sends."""
 
 
-def _is_program() -> bool:
-    """Return whether the process runs one command, so that it may end without Python's own clean-up."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return spec is not None and spec.name.split(".")[0] in ("sims", "figures")
-
-
-def _stop(number: int, _: object) -> NoReturn:
-    """Handle SIGINT and SIGTERM."""
-    # Without an open run there is nothing to save.
-    if _is_program() and not folder.count_open():
-        _end(128 + number, INTERRUPTED)
-    # Libraries discard an exception that reaches their finalizers or attribute look-ups: raise it until the run ends.
-    if hasattr(signal, "setitimer"):
-        signal.signal(signal.SIGALRM, lambda *arguments: _stop(number, arguments))
-        signal.setitimer(signal.ITIMER_REAL, REPEAT_SECONDS)
-    raise _Terminated if number == signal.SIGTERM else KeyboardInterrupt
-
-
-def _end(status: int, message: str) -> NoReturn:
-    """Print a line and end the process at once.
-
-    Python's clean-up after an interruption takes up to 20 s with PyTorch and JAX, and crashes if one of their libraries
-    was loaded in part.
-    """
-    stream = sys.__stderr__ or sys.stderr  # the process's own: a library or the parser may have redirected the other
-    if stream.isatty():
-        Console(file=stream).show_cursor()  # a progress bar hides it
-    print(message, file=stream, flush=True)
-    sys.stdout.flush()
-    os._exit(status)
+def _terminate(*_: object) -> NoReturn:
+    raise _Terminated
 
 
 def run_command(main: Callable[[], object]) -> None:
@@ -229,65 +153,49 @@ def run_command(main: Callable[[], object]) -> None:
     (``| head``), the command ends silently with 141, the status of a process that a closed pipe ends.
     """
     open_before = folder.count_open()
+    handler_before = signal.signal(signal.SIGTERM, _terminate)
     _library.propagate = False  # another library's handler of the root logger would print each note again
-    handlers_before = {signal.SIGTERM: signal.signal(signal.SIGTERM, _stop)}
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as in the background
-        handlers_before[signal.SIGINT] = signal.signal(signal.SIGINT, _stop)
+    run_status, message = "failed", None
     try:
         with answers.reporting():
             main()
             sys.stdout.flush()
-    except SystemExit:
-        raise
-    except BaseException as error:
-        if hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        # Mark the open run first, so that it is closed whatever happens to the output.
-        run_status, message, exit_status = _outcome(error)
-        is_resumable = folder.count_open() > open_before
-        folder.end_all(run_status, message, skip=open_before)
-        # A bug of the program: show its traceback.
-        if exit_status is None:
-            raise
-        if message is not None:
-            fail(message, status=exit_status)
-        if isinstance(error, BrokenPipeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the rest is discarded at exit
-        else:
-            line = RESUMABLE if is_resumable else INTERRUPTED
-            if _is_program():
-                cluster.leave()
-                _end(exit_status, line)
-            print(line, file=sys.stderr)
+    except KeyboardInterrupt as error:
+        line = RESUMABLE if folder.count_open() > open_before else INTERRUPTED
+        folder.end_all("interrupted", skip=open_before)
+        print(line, file=sys.stderr, flush=True)
+        exit_status = 128 + (signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT)
+        # JAX may crash if Python cleans up while it computes, which would replace the exit status.
+        if _module_of_process():
+            sys.stdout.flush()
+            os._exit(exit_status)
         sys.exit(exit_status)
+    except BrokenPipeError:
+        run_status = "interrupted"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the rest is discarded at exit
+        sys.exit(128 + signal.SIGPIPE)
+    except Exception as error:
+        message = describe_failure(error)
+        # A bug of the program: show its traceback.
+        if message is None:
+            raise
+        fail(message, status=1 if isinstance(error, FailedError) else 2)
     finally:
-        for number, handler in handlers_before.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGTERM, handler_before)
         _library.propagate = True
-        folder.end_all("failed", skip=open_before)
-        cluster.leave()
+        folder.end_all(run_status, message, skip=open_before)
 
 
-def _outcome(error: BaseException) -> tuple[str, str | None, int | None]:
-    """Return the status of the run, the error message and the exit status for an exception.
-
-    The exit status of a signal is 128 and its number, as in shells. A bug of the program has no exit status.
-    """
+def describe_failure(error: Exception) -> str | None:
+    """Return the line for the user about an exception, or None for a bug of the program."""
     if isinstance(error, (InputError, FailedError)):
-        return "failed", str(error), 1 if isinstance(error, FailedError) else 2
-    # A package of an optional extra is missing.
-    if (message := extras.missing_message(error)) is not None:
-        return "failed", message, 2
-    if isinstance(error, BrokenPipeError):
-        return "interrupted", None, 128 + signal.SIGPIPE
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted", None, 128 + (signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT)
+        return str(error)
     if isinstance(error, OSError):
         advice = "" if error.errno == errno.ENOSPC else " Pass a file or folder that can be used."
-        return "failed", f"{error.filename or 'file'}: {error.strerror or error}.{advice}", 2
+        return f"{error.filename or 'file'}: {error.strerror or error}.{advice}"
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)[:100]:  # the status in JAX's message
-        return "failed", f"out of memory ({error}). Use smaller sizes, or fewer at once.", 2
-    return "failed", None, None
+        return f"out of memory ({error}). Use smaller sizes, or fewer at once."
+    return extras.missing_message(error)  # a package of an optional extra is missing
 
 
 def print_notes(notes: Sequence[str]) -> None:

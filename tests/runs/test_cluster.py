@@ -5,6 +5,8 @@ import ipaddress
 import itertools
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import stat
@@ -16,13 +18,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support import squares
+from support import commands, squares
 
 from rora_theory.errors import InputError
 from rora_theory.runs import cluster
-from rora_theory.runs import lock as folder_lock
 from rora_theory.runs.cells import in_process
-from rora_theory.runs.cluster import ClusterConfig, RayRunner, fetch_work, leave
+from rora_theory.runs.cluster import ClusterConfig, RayRunner
 
 with_ray = pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="the extra cluster (Ray) is not installed")
 
@@ -31,9 +32,15 @@ def test_a_single_process_does_not_need_ray(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     assert ClusterConfig().runner() is in_process
     for options in ({"workers": 2}, {"address": "127.0.0.1:1"}):
-        with pytest.raises(InputError, match=r"workers and address .* pip install 'rora-theory\[cluster\]'"):
+        with pytest.raises(ModuleNotFoundError):
             ClusterConfig(**options).runner()
-    leave()  # nothing to leave
+
+
+def test_a_command_names_the_extra_that_is_missing(monkeypatch, tmp_path) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    ended = commands.run_command(lambda words: squares.main(*words), tmp_path / "out", tmp_path, "--workers 2")
+    assert "pip install 'rora-theory[cluster]'" in commands.refusal(ended)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_number_of_workers_is_limited() -> None:
@@ -45,14 +52,11 @@ def test_the_number_of_workers_is_limited() -> None:
 
 
 @with_ray
-def test_no_cluster_at_the_address(tmp_path, capsys) -> None:
-    """The command prints one line before the run folder is made."""
-    with pytest.raises(SystemExit) as stop:
-        squares.main(str(tmp_path / "out"), str(tmp_path), "--address", "127.0.0.1:1")
-    assert stop.value.code == 2
-    errors = capsys.readouterr().err
-    assert errors.startswith("error: address 127.0.0.1:1: nothing answers there (Connection refused). Pass HOST:PORT")
-    assert errors.count("\n") == 1
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "head", "ray://head:10001", "127.0.0.1:99999"])
+def test_no_cluster_at_the_address(tmp_path, address) -> None:
+    """The command prints one line before the run folder is made, and does not wait until Ray gives up."""
+    ended = commands.run_command(lambda words: squares.main(*words), tmp_path / "out", tmp_path, "--address", address)
+    assert re.match(f"error: address {address}: .* Pass HOST:PORT", commands.refusal(ended))
     assert not (tmp_path / "out").exists()
 
 
@@ -60,39 +64,22 @@ def test_no_cluster_at_the_address(tmp_path, capsys) -> None:
 
 
 @pytest.fixture
-def owned(tmp_path) -> Iterator[Path]:
-    """Return the folder of a cell in a run folder that this process owns."""
-    (run := tmp_path / "run").mkdir()
-    descriptor = folder_lock.acquire(run)
-    yield run / "cells" / "1"
-    os.close(descriptor)
-
-
-@pytest.mark.usefixtures("unchecked")
-def test_cells_of_one_run_share_the_work_and_the_next_run_gets_its_own(monkeypatch) -> None:
-    monkeypatch.setattr(cluster, "_last_work", [])
-    loaded = []
-
-    def get(reference: str) -> str:
-        loaded.append(reference)
-        return f"work of {reference}"
-
-    results = [fetch_work(reference, get) for reference in ("one", "one", "two", "two", "one")]
-    assert results == ["work of one", "work of one", "work of two", "work of two", "work of one"]
-    assert loaded == ["one", "two", "one"]
+def run_cell(tmp_path) -> Path:
+    """Return the folder of a cell in a run folder."""
+    (tmp_path / "run").mkdir()
+    return tmp_path / "run" / "cells" / "1"
 
 
 @pytest.mark.parametrize(
     ("options", "node", "missing"),
     [
-        ({"cell_cpus": 9.0}, {"CPU": 8}, "CPU 9"),
         ({"cell_gpus": 1.0}, {"CPU": 8}, "GPU 1"),
         ({"cell_memory": 2.0}, {"CPU": 8, "memory": 2**30}, "memory 2"),
         ({}, {"CPU": 8, "GPU": 1}, None),
     ],
 )
 def test_a_cell_that_needs_more_than_this_machine_has_is_refused(monkeypatch, options, node, missing) -> None:
-    ray = SimpleNamespace(nodes=lambda: [{"Alive": True, "Resources": node}])
+    ray = SimpleNamespace(cluster_resources=lambda: node)
     monkeypatch.setattr(cluster, "_connect", lambda _: ray)
     config = ClusterConfig(workers=2, **options)
     if missing is None:
@@ -120,8 +107,7 @@ class Played:
 
     def __init__(self) -> None:
         self.address = "127.0.0.1"
-        self.machines = [(True, {"CPU": 8})]
-        """Whether each node is alive, and its resources."""
+        self.resources = {"CPU": 8.0}
         self.started: list[tuple[tuple[str, ...], dict[str, Any]]] = []
         self.is_running = False
         self.options: list[dict[str, Any]] = []
@@ -131,17 +117,14 @@ class Played:
         self.is_running = True
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
-    def is_initialized(self) -> bool:
-        return self.is_running
-
     def shutdown(self) -> None:
         self.is_running = False
 
     def nodes(self) -> list[dict[str, Any]]:
-        return [
-            {"Alive": is_alive, "NodeManagerAddress": self.address, "Resources": resources}
-            for is_alive, resources in self.machines
-        ]
+        return [{"NodeManagerAddress": self.address}]
+
+    def cluster_resources(self) -> dict[str, float]:
+        return self.resources
 
     def put(self, value: object) -> Callable[[], object]:
         return lambda: value
@@ -178,14 +161,13 @@ def _throw(error: Exception) -> None:
 @pytest.fixture
 def played(monkeypatch) -> Iterator[Played]:
     monkeypatch.setitem(sys.modules, "ray", ray := Played())
-    monkeypatch.setattr(cluster, "_last_work", [])
+    cluster.load_work.cache_clear()
     before = signal.getsignal(signal.SIGTERM)
     yield ray
-    leave()
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_cells_of_two_runs_are_computed_by_the_work_of_their_own(played, owned, tmp_path, monkeypatch) -> None:
+def test_cells_of_two_runs_are_computed_by_the_work_of_their_own(played, run_cell, tmp_path, monkeypatch) -> None:
     """One worker computes both runs; the outcomes have their cells' positions, and an exception is a result."""
 
     def work(cell: int, folder: Path, *, factor: int) -> int:
@@ -201,7 +183,7 @@ def test_cells_of_two_runs_are_computed_by_the_work_of_their_own(played, owned, 
     monkeypatch.setattr(cluster, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     runner = RayRunner({"num_cpus": 2.0})
     for factor in (10, 100):
-        folders = [owned.parent / f"{factor}-{cell}" for cell in (1, 2, 3, 4)]
+        folders = [run_cell.parent / f"{factor}-{cell}" for cell in (1, 2, 3, 4)]
         begun: list[int] = []
         todo = list(zip((1, 2, 3, 4), folders, strict=True))
         outcomes = {outcome.position: outcome for outcome in runner(partial(work, factor=factor), todo, begun.append)}
@@ -213,24 +195,21 @@ def test_cells_of_two_runs_are_computed_by_the_work_of_their_own(played, owned, 
         assert repr(outcomes[3].result) == "ConnectionError('the node is gone')"
         assert (outcomes[0].node, outcomes[0].seconds) == ("0123456789ab", 3.5)
     assert played.options == [{"max_retries": cluster.RETRIES, "num_cpus": 2.0}] * 2
+    assert cluster.load_work.cache_info().misses == 2, "the cells of a run share its work"
     assert list(runner(work, [], begun.append)) == []
-    # A folder without the lock's content is not the owner's.
     away = tmp_path / "away" / "cells" / "1"
     (outcome,) = runner(partial(work, factor=1), [(1, away)], begun.append)
     assert "node 0123456789ab does not see this run folder" in str(outcome.result)
     assert not away.exists()
-    with pytest.raises(InputError, match="does not see this run folder"):
-        cluster.compute_cell([played.put(work)], 1, owned, "another owner's")
 
 
-def test_an_interruption_stops_the_workers(played, owned) -> None:
+def test_an_interruption_stops_the_workers(played, run_cell) -> None:
     runner = ClusterConfig(workers=2).runner()
-    outcomes = runner(lambda cell, folder: cell, [(1, owned), (2, owned)], lambda _: None)
+    outcomes = runner(lambda cell, folder: cell, [(1, run_cell), (2, run_cell)], lambda _: None)
     next(outcomes)
     with pytest.raises(KeyboardInterrupt):
         outcomes.throw(KeyboardInterrupt)
     assert not played.is_running
-    assert not cluster._sessions
 
 
 RAY_VARIABLES = {
@@ -248,7 +227,7 @@ def environment(monkeypatch) -> dict[str, str]:
 
 
 def test_a_session_on_this_machine_has_the_cores_of_its_workers(played, environment) -> None:
-    """Its folder is private, it has no dashboard, listens on the loopback address, and ends with `leave`."""
+    """Its folder is private, it has no dashboard, and listens on the loopback address."""
     before = dict(environment)
     runner = ClusterConfig(workers=3, cell_cpus=1.5).runner()
     assert runner.needs == {"num_cpus": 1.5, "num_gpus": 0.0}
@@ -257,14 +236,10 @@ def test_a_session_on_this_machine_has_the_cores_of_its_workers(played, environm
     assert words == ("local",)
     assert (options["num_cpus"], options["include_dashboard"], options["log_to_driver"]) == (5, False, False)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    folder.rmdir()
     local = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "OMP_NUM_THREADS": str(os.cpu_count())}
     assert len(environment.pop("RAY_AUTH_TOKEN")) == 64, "the token is not written into the home folder"
     assert environment == before | RAY_VARIABLES | local, "as many threads as here, so that results have the same bits"
-    ClusterConfig(workers=3, cell_cpus=1.5).runner()
-    assert len(played.started) == 1, "a second experiment of the process uses the session"
-    leave()
-    assert not played.is_running
-    assert not folder.exists()
 
 
 def test_a_session_that_listens_on_the_network_is_ended(played) -> None:
@@ -272,28 +247,17 @@ def test_a_session_that_listens_on_the_network_is_ended(played) -> None:
     with pytest.raises(InputError, match=r"workers 2: .*network"):
         ClusterConfig(workers=2).runner()
     assert not played.is_running
-    assert not cluster._sessions
 
 
-def test_a_cluster_may_get_a_node_later(played, environment, caplog) -> None:
-    """This machine will not; the address is checked before Ray is asked. A cell needs one node that is alive."""
-    played.machines = [(True, {"CPU": 8, "memory": 2**34}), (True, {"CPU": 8}), (False, {"CPU": 64, "memory": 2**34})]
+def test_a_cluster_may_get_a_node_later(played, environment) -> None:
+    """This machine will not. The address is checked before Ray is asked."""
     before = dict(environment)
-    listening = socket.create_server(("127.0.0.1", 0))
-    address = f"127.0.0.1:{listening.getsockname()[1]}"
-    for name, warnings in ((address, 1), ("auto", 2)):
-        runner = ClusterConfig(address=name, cell_cpus=9.0, cell_memory=2.0).runner()
-        assert runner.needs == {"num_cpus": 9.0, "num_gpus": 0.0, "memory": 2 * 2**30}
-        assert played.started[-1][0] == (name,)
-        assert caplog.text.count("CPU 9, GPU 0, memory 2.14748e+09") == warnings
-        leave()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        for name in (f"127.0.0.1:{listening.getsockname()[1]}", "auto"):
+            runner = ClusterConfig(address=name, cell_cpus=9.0, cell_memory=2.0).runner()
+            assert runner.needs == {"num_cpus": 9.0, "num_gpus": 0.0, "memory": 2 * 2**30}
+            assert played.started[-1][0] == (name,)
     assert environment == before | RAY_VARIABLES, "the nodes have their own threads and addresses"
-    listening.close()
-    with pytest.raises(InputError, match=rf"address {address}: nothing answers there \(Connection refused\)"):
-        ClusterConfig(address=address).runner()
-    for wrong in ("head", "ray://head:10001", ":6379", "head:port"):
-        with pytest.raises(InputError, match=f"address .*{wrong}"):
-            ClusterConfig(address=wrong)
 
 
 # ---- one real session
@@ -312,24 +276,16 @@ def test_workers_write_the_files_of_one_process_and_resume(tmp_path, capfd, monk
     marks, out = tmp_path / "two", tmp_path / "two" / "run"
     (marks / "2.fail").touch()
     (marks / "5.die").touch()
-    seen = []
-    end = cluster.leave
-
-    def look_and_leave() -> None:
-        if cluster._sessions:
-            session = Path(cluster._sessions[0].name)
-            addresses = [ipaddress.ip_address(node["NodeManagerAddress"]) for node in sys.modules["ray"].nodes()]
-            seen.append((stat.S_IMODE(session.stat().st_mode), all(address.is_loopback for address in addresses)))
-            end()
-            assert not session.exists()
-
-    monkeypatch.setattr(cluster, "leave", look_and_leave)
     capfd.readouterr()
     with pytest.raises(SystemExit) as stop:
         squares.main(str(out), str(marks), "--workers", "2")
     printed = capfd.readouterr()
     assert stop.value.code == 1
-    assert seen == [(0o700, True)], "only this user can enter the session's folder, and no other machine connects"
+    ray = sys.modules["ray"]
+    session = Path(ray._private.worker.global_worker.node.get_session_dir_path()).parents[1]
+    assert stat.S_IMODE(session.stat().st_mode) == 0o700, "only this user can enter the session's folder"
+    addresses = [ipaddress.ip_address(node["NodeManagerAddress"]) for node in ray.nodes()]
+    assert all(address.is_loopback for address in addresses), "no other machine connects"
     assert "side 2 failed (ValueError: no square of side 2)" in printed.err
     assert "2 of 6 cells failed" in printed.err
     errors = [path.read_text() for path in out.glob("cells/*/error.txt")]
@@ -343,7 +299,8 @@ def test_workers_write_the_files_of_one_process_and_resume(tmp_path, capfd, monk
     assert after == before | {2: before[2] + 1, 5: before[5] + 1}
     assert "cells per node: 2 on " in capfd.readouterr().out
     assert _contents(out) == _contents(tmp_path / "one" / "run")
-    assert not cluster._sessions
+    ray.shutdown()
+    shutil.rmtree(session)
 
 
 def _contents(out: Path) -> dict[str, object]:
