@@ -34,15 +34,15 @@ TUNE_COMMAND = "sims/tune.py"
 WORKERS_FAULTS = [
     Fault(
         CLUSTER,
-        "@functools.lru_cache(maxsize=1)\n",
-        "",
-        "a worker loads the work anew for each cell",
+        "@functools.lru_cache(maxsize=1)",
+        "@functools.lru_cache(maxsize=0)",
+        "a worker loads its models again for every cell",
     ),
     Fault(
         CLUSTER,
-        "if not run.is_dir():",
+        "if not folder.parents[1].is_dir():",
         "if not folder.is_absolute():",
-        "a worker that does not see the run folder makes one of its own",
+        "a worker writes into a folder of its own node",
     ),
     Fault(
         CLUSTER,
@@ -52,8 +52,8 @@ WORKERS_FAULTS = [
     ),
     Fault(
         CLUSTER,
-        "return CellOutcome(position, ",
-        "return CellOutcome(0, ",
+        "yield outcome._replace(position=index)",
+        "yield outcome",
         "every result is that of the first cell",
     ),
     Fault(
@@ -64,26 +64,26 @@ WORKERS_FAULTS = [
     ),
     Fault(
         CLUSTER,
-        "except ray.exceptions.RayError as error:\n                    yield CellOutcome(index, error)",
-        "except ray.exceptions.RayError:\n                    continue",
+        "except ray.exceptions.RayError as error:\n                yield CellOutcome(index, error)",
+        "except ray.exceptions.RayError:\n                continue",
         "a cell whose node died disappears",
     ),
     Fault(
         CLUSTER,
-        "ray.shutdown()  # stops the cells that are running\n            raise",
-        "raise",
+        "_session.close()",
+        "_session.pop_all()",
         "cells run on after an interruption",
     ),
     Fault(
         CLUSTER,
-        "_temp_dir=folder",
+        '_temp_dir=f"{folder}/ray"',
         '_temp_dir="/tmp/ray"',
         "Ray's session lies in a folder that every user can enter",
     ),
     Fault(
         CLUSTER,
-        '"OMP_NUM_THREADS": str(os.cpu_count() or 1),',
-        "",
+        '    "OMP_NUM_THREADS": str(os.cpu_count() or 1),',
+        "   ",
         "workers have one NumPy thread, so that their results have other bits",
     ),
     Fault(
@@ -94,7 +94,7 @@ WORKERS_FAULTS = [
     ),
     Fault(
         CLUSTER,
-        "signal.signal(signal.SIGTERM, handler)  # Ray replaces it",
+        "signal.signal(signal.SIGTERM, sigterm_handler)  # Ray replaces it",
         "pass",
         "SIGTERM is handled by Ray after the start",
     ),
@@ -106,15 +106,15 @@ WORKERS_FAULTS = [
     ),
     Fault(
         CLUSTER,
-        "int(self.cell_memory * 2**30)",
-        "int(self.cell_memory * 10**9)",
+        "int((self.cell_memory or 0) * 2**30)",
+        "int((self.cell_memory or 0) * 10**9)",
         "memory is reserved in gigabytes in place of GiB",
     ),
     Fault(
         CLUSTER,
-        "if needs.get(option, 0) > available.get(name, 0):",
-        "if name not in available:",
-        "cells wait forever for more than this machine has",
+        "if self.address is None and needed > available.get(name, 0):",
+        "if needed > available.get(name, 0):",
+        "a cluster that may get another node is refused",
     ),
     Fault(
         CLUSTER,

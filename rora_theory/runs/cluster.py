@@ -21,12 +21,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rora_theory.errors import InputError, first_line
+from rora_theory import extras
+from rora_theory.errors import InputError
 from rora_theory.runs.cells import CellOutcome, Runner, in_process
-from rora_theory.scaling import check_integer, check_positive
-from rora_theory.validation.ranges import Positive, check_ranges
+from rora_theory.validation.ranges import Count, NotNegative, Positive, check_ranges
 
-MAX_WORKERS = 4096
 RETRIES = 3
 """Number of times that a cell is started again if its worker dies. A cell that raises an exception is not."""
 
@@ -38,12 +37,13 @@ VARIABLES = {
 """Environment variables of Ray, which it reads when it is imported, unless the user has set them."""
 
 LOCAL_VARIABLES = {
-    # Listen on the loopback address instead of all interfaces.
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    # Ray sets one NumPy thread for each worker. With as many as here, results have the same bits.
-    "OMP_NUM_THREADS": str(os.cpu_count() or 1),
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # listen on the loopback address instead of all interfaces
+    "OMP_NUM_THREADS": str(os.cpu_count() or 1),  # as many NumPy threads as here, so that results have the same bits
 }
-"""Further environment variables of a Ray that is started on this machine."""
+"""Further environment variables of Ray on this machine alone."""
+
+_session = contextlib.ExitStack()
+"""Ends the session of Ray that this process has started or joined."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,26 +54,21 @@ class ClusterConfig:
       InputError: A value is out of range.
     """
 
-    workers: int = 1
+    workers: Count = 1
     """number of cells computed at a time on this machine; more than one needs the extra cluster (Ray)"""
     address: str | None = None
     """HOST:PORT of a Ray cluster, or auto; its nodes compute as many cells at a time as fit"""
     cell_cpus: Positive = 1.0
     """number of CPUs reserved for a cell, with --workers or --address"""
-    cell_gpus: float | None = None
+    cell_gpus: NotNegative | None = None
     """number of GPUs reserved for a cell, all on one node; by default 1 if the cluster has GPUs"""
-    cell_memory: float | None = None
+    cell_memory: Positive | None = None
     """GiB of memory reserved for a cell; by default memory is not reserved"""
 
     def __post_init__(self) -> None:
-        check_integer("workers", self.workers, maximum=MAX_WORKERS)
         check_ranges(self)
-        if self.cell_gpus:
-            check_positive("cell_gpus", self.cell_gpus)
-        if self.cell_memory is not None:
-            check_positive("cell_memory", self.cell_memory)
         # On a cluster, the resources of a cell determine how many run at a time.
-        if self.workers > 1 and self.address is not None:
+        if self.address is not None and self.workers > 1:
             raise InputError(
                 f"workers {self.workers} cannot be combined with address. On a cluster, set how many cells a node "
                 "computes with cell_cpus, cell_gpus and cell_memory."
@@ -85,98 +80,100 @@ class ClusterConfig:
         Call this before any JAX work.
 
         Raises:
-          InputError: Ray does not start, there is no cluster at the address, or this machine lacks the resources of a
-            cell.
-          ModuleNotFoundError: Ray is not installed.
+          InputError: Ray is not installed or does not start, there is no cluster at the address, or this machine lacks
+            the resources of a cell.
         """
         if self.workers == 1 and self.address is None:
             return in_process
         available = _connect(self).cluster_resources()
-        # One GPU for each cell if any node has one. Cells own the GPUs, so this process uses the CPU.
         gpus = float("GPU" in available) if self.cell_gpus is None else self.cell_gpus
+        memory = int((self.cell_memory or 0) * 2**30)
+        # Ray waits for missing resources; a cluster may get another node that has them, this machine will not.
+        for name, needed in (("GPU", gpus), ("memory", memory)):
+            if self.address is None and needed > available.get(name, 0):
+                raise InputError(
+                    f"a cell needs {name} {needed:g}, more than this machine has. Lower cell_gpus or cell_memory."
+                )
+        # Cells own the GPUs, so this process uses the CPU.
         if gpus:
-            with contextlib.suppress(ImportError):
-                import jax
+            import jax
 
-                jax.config.update("jax_platforms", "cpu")
-        needs: dict[str, float] = {"num_cpus": self.cell_cpus, "num_gpus": gpus}
-        if self.cell_memory is not None:
-            needs["memory"] = int(self.cell_memory * 2**30)
-        # Ray would wait for the resources. A cluster may get them, this machine will not.
-        if self.address is None:
-            for option, name in (("num_gpus", "GPU"), ("memory", "memory")):
-                if needs.get(option, 0) > available.get(name, 0):
-                    raise InputError(
-                        f"a cell needs {name} {needs[option]:g}, this machine has {available.get(name, 0):g}. Lower "
-                        "cell_gpus or cell_memory."
-                    )
-        return RayRunner(needs)
+            jax.config.update("jax_platforms", "cpu")
+        return RayRunner({"num_cpus": self.cell_cpus, "num_gpus": gpus, "memory": memory})
+
+
+def leave() -> None:
+    """Disconnect from Ray, and stop it if it was started here. Without a connection, do nothing."""
+    _session.close()
 
 
 def _connect(config: ClusterConfig) -> Any:
     """Start Ray on this machine, or connect to the cluster of the configuration, and return the module."""
-    local = {} if config.address else LOCAL_VARIABLES | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    is_local = config.address is None
+    # Ray would write its token into the home folder, where other users may read it.
+    local = LOCAL_VARIABLES | {"RAY_AUTH_TOKEN": secrets.token_hex(32)} if is_local else {}
     for name, value in (VARIABLES | local).items():
         os.environ.setdefault(name, value)
-    import ray
-
-    handler = signal.getsignal(signal.SIGTERM)
-    quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "ignore_reinit_error": True}
+    ray = extras.load("ray")
+    if ray.is_initialized():
+        return ray
+    sigterm_handler = signal.getsignal(signal.SIGTERM)
     try:
         if config.address is None:
             # Ray opens its folder to all users, so it lies in a folder that only this user can enter.
-            folder = f"{tempfile.mkdtemp(prefix='rora-ray-')}/ray"
+            folder = _session.enter_context(tempfile.TemporaryDirectory(prefix="rora-ray-", ignore_cleanup_errors=True))
+            _session.callback(ray.shutdown)
             count = math.ceil(config.workers * config.cell_cpus)
-            ray.init("local", num_cpus=count, include_dashboard=False, _temp_dir=folder, **quiet)
-            addresses = [ipaddress.ip_address(node["NodeManagerAddress"]) for node in ray.nodes()]
-            if not all(address.is_loopback for address in addresses):
-                ray.shutdown()
+            quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "include_dashboard": False}
+            ray.init("local", num_cpus=count, _temp_dir=f"{folder}/ray", **quiet)
+            if not ipaddress.ip_address(ray.util.get_node_ip_address()).is_loopback:
                 raise RuntimeError("Ray listens on the network, because it was imported before with other settings")
         else:
             if config.address != "auto":
-                # Without an answer Ray tries for two minutes, and then ends the process.
+                # Ray itself would try for many minutes.
                 host, _, port = config.address.rpartition(":")
                 socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-            ray.init(config.address, **quiet)
+            _session.callback(ray.shutdown)
+            ray.init(config.address, logging_level="ERROR")
     except (OSError, OverflowError, RuntimeError, ValueError) as error:
-        if config.address is None:
-            raise InputError(f"workers {config.workers}: Ray does not start here ({first_line(error)})") from error
+        leave()
+        reason = " ".join(str(error).split()).rstrip(".")
+        if is_local:
+            raise InputError(f"workers {config.workers}: Ray does not start on this machine ({reason})") from error
         raise InputError(
-            f"address {config.address}: no connection to Ray ({first_line(error)}). Pass HOST:PORT of "
-            "`ray start --head`, or auto."
+            f"address {config.address}: no Ray cluster answers ({reason}). Pass HOST:PORT of `ray start --head`."
         ) from error
     finally:
-        signal.signal(signal.SIGTERM, handler)  # Ray replaces it
+        signal.signal(signal.SIGTERM, sigterm_handler)  # Ray replaces it
     return ray
 
 
 @functools.lru_cache(maxsize=1)
-def load_work(reference: Any) -> Callable[[Any, Path], Any]:
-    """Return the work function of a reference. The cells of a worker share it, with its models and programs."""
+def _load_work(reference: Any) -> Callable[[Any, Path], Any]:
+    """Return the work function of a reference; the next cell of a worker reuses its models and compiled functions."""
     import ray
 
     return ray.get(reference)
 
 
-def compute_cell(references: list[Any], position: int, cell: Any, folder: Path) -> CellOutcome:
+def compute_cell(references: list[Any], cell: Any, folder: Path) -> CellOutcome | None:
     """Compute a cell in a worker.
 
     Args:
       references: Reference of the work function, in a list, so that Ray passes the reference itself.
-      position: Index of the cell.
       cell: Cell to compute.
       folder: Folder of the cell.
 
-    Raises:
-      InputError: The run folder does not exist on this node.
+    Returns:
+      The outcome, with the id of the node, and 0 for the position; None if the node does not see the run folder.
     """
     import ray
 
-    node, run = ray.get_runtime_context().get_node_id()[:12], folder.parents[1]
-    if not run.is_dir():
-        raise InputError(f"{run}: node {node} does not see this run folder. Use a file system that all nodes share.")
-    work, started = load_work(references[0]), time.monotonic()
-    return CellOutcome(position, work(cell, folder), time.monotonic() - started, node)
+    if not folder.parents[1].is_dir():
+        return None
+    work, started = _load_work(references[0]), time.monotonic()
+    node = ray.get_runtime_context().get_node_id()[:12]
+    return CellOutcome(0, work(cell, folder), time.monotonic() - started, node)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,27 +189,42 @@ class RayRunner:
     def __call__(
         self, work: Callable[[Any, Path], Any], todo: Sequence[tuple[Any, Path]], on_start: Callable[[int], None]
     ) -> Iterator[CellOutcome]:
-        """Submit all cells, and yield their outcomes as they end. The work is sent with all that it refers to."""
+        """Submit all cells, and yield their outcomes as they end. `leave` stops those that are running.
+
+        Args:
+          work: Function of a cell and its folder. It is sent to the workers with all objects that it refers to.
+          todo: Cells with their folders.
+          on_start: Function called with the index of a cell when it is submitted.
+
+        Raises:
+          InputError: A node does not see the run folder.
+        """
+        if not todo:
+            return
         import ray
 
         remote = ray.remote(max_retries=RETRIES, **self.needs)(compute_cell)
         references = [ray.put(work)]
         pending: dict[Any, int] = {}
-        try:
-            for index, (cell, folder) in enumerate(todo):
-                on_start(index)
-                pending[remote.remote(references, index, cell, folder.resolve())] = index
-            while pending:
-                (ended,), _ = ray.wait(list(pending), num_returns=1)
-                index = pending.pop(ended)
-                try:
-                    yield ray.get(ended)
-                except ray.exceptions.RayTaskError as error:
-                    # The cell raised an exception; Ray's has the traceback of the worker.
-                    error.cause.__cause__ = error
-                    yield CellOutcome(index, error.cause)
-                except ray.exceptions.RayError as error:
-                    yield CellOutcome(index, error)
-        except BaseException:
-            ray.shutdown()  # stops the cells that are running
-            raise
+        for index, (cell, folder) in enumerate(todo):
+            on_start(index)
+            pending[remote.remote(references, cell, folder.resolve())] = index
+        while pending:
+            (ended,), _ = ray.wait(list(pending), num_returns=1)
+            index = pending.pop(ended)
+            try:
+                outcome = ray.get(ended)
+            except ray.exceptions.RayTaskError as error:
+                # The cell raised an exception; Ray's has the traceback of the worker.
+                error.cause.__cause__ = error
+                yield CellOutcome(index, error.cause)
+            except ray.exceptions.RayError as error:
+                yield CellOutcome(index, error)
+            else:
+                if outcome is None:
+                    run = todo[index][1].parents[1]
+                    raise InputError(
+                        f"{run}: a node of the cluster does not see this run folder. Use one on a file system that all "
+                        "nodes share."
+                    )
+                yield outcome._replace(position=index)

@@ -17,7 +17,7 @@ from tyro.conf import arg
 
 from rora_theory import extras
 from rora_theory.errors import FailedError, InputError, shown
-from rora_theory.runs import files, folder
+from rora_theory.runs import cluster, files, folder
 from sims.common import answers, tables
 
 Options = TypeVar("Options")
@@ -165,6 +165,7 @@ def run_command(main: Callable[[], object]) -> None:
         folder.end_all("interrupted", skip=open_before)
         print(line, file=sys.stderr, flush=True)
         exit_status = 128 + (signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT)
+        cluster.leave()
         # JAX may crash if Python cleans up while it computes, which would replace the exit status.
         if _module_of_process():
             sys.stdout.flush()
@@ -184,6 +185,7 @@ def run_command(main: Callable[[], object]) -> None:
         signal.signal(signal.SIGTERM, handler_before)
         _library.propagate = True
         folder.end_all(run_status, message, skip=open_before)
+        cluster.leave()
 
 
 def describe_failure(error: Exception) -> str | None:

@@ -5,8 +5,6 @@ import ipaddress
 import itertools
 import json
 import os
-import re
-import shutil
 import signal
 import socket
 import stat
@@ -18,12 +16,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support import commands, squares
+from support import squares
 
 from rora_theory.errors import InputError
 from rora_theory.runs import cluster
 from rora_theory.runs.cells import in_process
-from rora_theory.runs.cluster import ClusterConfig, RayRunner
+from rora_theory.runs.cluster import ClusterConfig, RayRunner, leave
+from sims.common import cli
 
 with_ray = pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="the extra cluster (Ray) is not installed")
 
@@ -32,61 +31,28 @@ def test_a_single_process_does_not_need_ray(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     assert ClusterConfig().runner() is in_process
     for options in ({"workers": 2}, {"address": "127.0.0.1:1"}):
-        with pytest.raises(ModuleNotFoundError):
+        with pytest.raises(InputError, match=r"ray .* pip install 'rora-theory\[cluster\]'"):
             ClusterConfig(**options).runner()
+    leave()  # nothing to leave
 
 
-def test_a_command_names_the_extra_that_is_missing(monkeypatch, tmp_path) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
-    ended = commands.run_command(lambda words: squares.main(*words), tmp_path / "out", tmp_path, "--workers 2")
-    assert "pip install 'rora-theory[cluster]'" in commands.refusal(ended)
-    assert not (tmp_path / "out").exists()
-
-
-def test_the_number_of_workers_is_limited() -> None:
-    """On a cluster, the resources of a cell limit it instead."""
-    assert ClusterConfig(workers=4096).workers == 4096
-    for workers, address in ((0, None), (4097, None), (2, "auto")):
+def test_the_resources_of_a_cell_decide_how_many_run_on_a_cluster() -> None:
+    for workers, address in ((0, None), (2, "auto")):
         with pytest.raises(InputError, match=f"workers .*{workers}"):
             ClusterConfig(workers=workers, address=address)
 
 
 @with_ray
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "head", "ray://head:10001", "127.0.0.1:99999"])
-def test_no_cluster_at_the_address(tmp_path, address) -> None:
-    """The command prints one line before the run folder is made, and does not wait until Ray gives up."""
-    ended = commands.run_command(lambda words: squares.main(*words), tmp_path / "out", tmp_path, "--address", address)
-    assert re.match(f"error: address {address}: .* Pass HOST:PORT", commands.refusal(ended))
+def test_no_cluster_at_the_address(tmp_path, capsys) -> None:
+    """The command prints one line before the run folder is made."""
+    with pytest.raises(SystemExit) as stop:
+        squares.main(str(tmp_path / "out"), str(tmp_path), "--address", "127.0.0.1:1")
+    assert stop.value.code == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: address 127.0.0.1:1: ")
+    assert "Connection refused" in errors
+    assert errors.count("\n") == 1
     assert not (tmp_path / "out").exists()
-
-
-# ---- the worker's function, called here
-
-
-@pytest.fixture
-def run_cell(tmp_path) -> Path:
-    """Return the folder of a cell in a run folder."""
-    (tmp_path / "run").mkdir()
-    return tmp_path / "run" / "cells" / "1"
-
-
-@pytest.mark.parametrize(
-    ("options", "node", "missing"),
-    [
-        ({"cell_gpus": 1.0}, {"CPU": 8}, "GPU 1"),
-        ({"cell_memory": 2.0}, {"CPU": 8, "memory": 2**30}, "memory 2"),
-        ({}, {"CPU": 8, "GPU": 1}, None),
-    ],
-)
-def test_a_cell_that_needs_more_than_this_machine_has_is_refused(monkeypatch, options, node, missing) -> None:
-    ray = SimpleNamespace(cluster_resources=lambda: node)
-    monkeypatch.setattr(cluster, "_connect", lambda _: ray)
-    config = ClusterConfig(workers=2, **options)
-    if missing is None:
-        assert config.runner().needs == {"num_cpus": 1.0, "num_gpus": 1.0}
-    else:
-        with pytest.raises(InputError, match=rf"{missing}.*cell_"):
-            config.runner()
 
 
 # ---- Ray's part, played in this process
@@ -107,27 +73,34 @@ class Played:
 
     def __init__(self) -> None:
         self.address = "127.0.0.1"
+        self.util = SimpleNamespace(get_node_ip_address=lambda: self.address)
         self.resources = {"CPU": 8.0}
         self.started: list[tuple[tuple[str, ...], dict[str, Any]]] = []
         self.is_running = False
         self.options: list[dict[str, Any]] = []
+        self.loaded: list[int] = []
+        """Factors of the work functions that were loaded."""
 
     def init(self, *words: str, **options: Any) -> None:
         self.started.append((words, options))
         self.is_running = True
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
+    def is_initialized(self) -> bool:
+        return self.is_running
+
     def shutdown(self) -> None:
         self.is_running = False
-
-    def nodes(self) -> list[dict[str, Any]]:
-        return [{"NodeManagerAddress": self.address}]
 
     def cluster_resources(self) -> dict[str, float]:
         return self.resources
 
-    def put(self, value: object) -> Callable[[], object]:
-        return lambda: value
+    def put(self, value: Any) -> Callable[[], object]:
+        def load() -> Any:
+            self.loaded.extend(getattr(value, "keywords", {}).values())
+            return value
+
+        return load
 
     def get(self, reference: Callable[[], object]) -> object:
         return reference()
@@ -161,13 +134,14 @@ def _throw(error: Exception) -> None:
 @pytest.fixture
 def played(monkeypatch) -> Iterator[Played]:
     monkeypatch.setitem(sys.modules, "ray", ray := Played())
-    cluster.load_work.cache_clear()
+    cluster._load_work.cache_clear()
     before = signal.getsignal(signal.SIGTERM)
     yield ray
+    leave()
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_cells_of_two_runs_are_computed_by_the_work_of_their_own(played, run_cell, tmp_path, monkeypatch) -> None:
+def test_cells_of_two_runs_are_computed_by_the_work_of_their_own(played, tmp_path, monkeypatch) -> None:
     """One worker computes both runs; the outcomes have their cells' positions, and an exception is a result."""
 
     def work(cell: int, folder: Path, *, factor: int) -> int:
@@ -182,8 +156,9 @@ def test_cells_of_two_runs_are_computed_by_the_work_of_their_own(played, run_cel
     clock = itertools.count(step=3.5)
     monkeypatch.setattr(cluster, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     runner = RayRunner({"num_cpus": 2.0})
+    (tmp_path / "run").mkdir()
     for factor in (10, 100):
-        folders = [run_cell.parent / f"{factor}-{cell}" for cell in (1, 2, 3, 4)]
+        folders = [tmp_path / "run" / "cells" / f"{factor}-{cell}" for cell in (1, 2, 3, 4)]
         begun: list[int] = []
         todo = list(zip((1, 2, 3, 4), folders, strict=True))
         outcomes = {outcome.position: outcome for outcome in runner(partial(work, factor=factor), todo, begun.append)}
@@ -194,21 +169,32 @@ def test_cells_of_two_runs_are_computed_by_the_work_of_their_own(played, run_cel
         assert isinstance(outcomes[2].result.__cause__, TaskError)
         assert repr(outcomes[3].result) == "ConnectionError('the node is gone')"
         assert (outcomes[0].node, outcomes[0].seconds) == ("0123456789ab", 3.5)
+    assert played.loaded == [10, 100], "the work of a run is loaded once"
     assert played.options == [{"max_retries": cluster.RETRIES, "num_cpus": 2.0}] * 2
-    assert cluster.load_work.cache_info().misses == 2, "the cells of a run share its work"
     assert list(runner(work, [], begun.append)) == []
-    away = tmp_path / "away" / "cells" / "1"
-    (outcome,) = runner(partial(work, factor=1), [(1, away)], begun.append)
-    assert "node 0123456789ab does not see this run folder" in str(outcome.result)
-    assert not away.exists()
 
 
-def test_an_interruption_stops_the_workers(played, run_cell) -> None:
-    runner = ClusterConfig(workers=2).runner()
-    outcomes = runner(lambda cell, folder: cell, [(1, run_cell), (2, run_cell)], lambda _: None)
-    next(outcomes)
-    with pytest.raises(KeyboardInterrupt):
-        outcomes.throw(KeyboardInterrupt)
+@pytest.mark.usefixtures("played")
+def test_a_node_without_the_run_folder_ends_the_run(tmp_path) -> None:
+    """Its files would not be those of the run."""
+    cell_folder = tmp_path / "away" / "cells" / "1"
+    with pytest.raises(InputError, match=r"away: .*does not see this run folder"):
+        list(RayRunner({})(lambda cell, folder: folder.mkdir(parents=True), [(1, cell_folder)], lambda _: None))
+    assert not cell_folder.exists()
+
+
+def test_the_end_of_a_command_stops_the_workers(played, tmp_path) -> None:
+    (tmp_path / "run").mkdir()
+
+    def work() -> None:
+        runner = ClusterConfig(workers=2).runner()
+        todo = [(cell, tmp_path / "run" / "cells" / str(cell)) for cell in (1, 2)]
+        for _ in runner(lambda cell, folder: cell, todo, lambda _: None):
+            assert played.is_running
+            raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit, match="130"):
+        cli.run_command(work)
     assert not played.is_running
 
 
@@ -227,19 +213,23 @@ def environment(monkeypatch) -> dict[str, str]:
 
 
 def test_a_session_on_this_machine_has_the_cores_of_its_workers(played, environment) -> None:
-    """Its folder is private, it has no dashboard, and listens on the loopback address."""
+    """Its folder is private, it has no dashboard, listens on the loopback address, and ends with `leave`."""
     before = dict(environment)
     runner = ClusterConfig(workers=3, cell_cpus=1.5).runner()
-    assert runner.needs == {"num_cpus": 1.5, "num_gpus": 0.0}
+    assert runner.needs == {"num_cpus": 1.5, "num_gpus": 0.0, "memory": 0}
     ((words, options),) = played.started
     folder = Path(options["_temp_dir"]).parent
     assert words == ("local",)
     assert (options["num_cpus"], options["include_dashboard"], options["log_to_driver"]) == (5, False, False)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    folder.rmdir()
     local = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "OMP_NUM_THREADS": str(os.cpu_count())}
     assert len(environment.pop("RAY_AUTH_TOKEN")) == 64, "the token is not written into the home folder"
     assert environment == before | RAY_VARIABLES | local, "as many threads as here, so that results have the same bits"
+    ClusterConfig(workers=3, cell_cpus=1.5).runner()
+    assert len(played.started) == 1, "a second experiment of the process uses the session"
+    leave()
+    assert not played.is_running
+    assert not folder.exists()
 
 
 def test_a_session_that_listens_on_the_network_is_ended(played) -> None:
@@ -249,15 +239,34 @@ def test_a_session_that_listens_on_the_network_is_ended(played) -> None:
     assert not played.is_running
 
 
-def test_a_cluster_may_get_a_node_later(played, environment) -> None:
-    """This machine will not. The address is checked before Ray is asked."""
+@pytest.mark.parametrize(
+    ("options", "lacking"), [({"cell_gpus": 2.0}, "GPU 2"), ({"cell_memory": 2.0}, "memory 2.14748e")]
+)
+def test_a_cell_that_needs_more_than_this_machine_has_is_refused(played, options, lacking) -> None:
+    """A cluster may get another node."""
+    played.resources = {"CPU": 8.0, "GPU": 1.0, "memory": 2.0**30}
+    assert ClusterConfig(workers=2).runner().needs == {"num_cpus": 1.0, "num_gpus": 1.0, "memory": 0}
+    with pytest.raises(InputError, match=rf"{lacking}.*cell_"):
+        ClusterConfig(workers=2, **options).runner()
+    assert ClusterConfig(address="auto", **options).runner()
+
+
+def test_a_cluster_is_joined_at_its_address(played, environment) -> None:
+    """The address is tried before Ray is asked, which would try for many minutes."""
     before = dict(environment)
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        for name in (f"127.0.0.1:{listening.getsockname()[1]}", "auto"):
-            runner = ClusterConfig(address=name, cell_cpus=9.0, cell_memory=2.0).runner()
-            assert runner.needs == {"num_cpus": 9.0, "num_gpus": 0.0, "memory": 2 * 2**30}
-            assert played.started[-1][0] == (name,)
+    listening = socket.create_server(("127.0.0.1", 0))
+    address = f"127.0.0.1:{listening.getsockname()[1]}"
+    for name in (address, "auto"):
+        runner = ClusterConfig(address=name, cell_cpus=9.0, cell_memory=2.0).runner()
+        assert runner.needs == {"num_cpus": 9.0, "num_gpus": 0.0, "memory": 2 * 2**30}
+        assert played.started[-1][0] == (name,)
+        leave()
     assert environment == before | RAY_VARIABLES, "the nodes have their own threads and addresses"
+    listening.close()
+    for wrong in (address, "head", "ray://head:10001", ":1", "head:port", "head:99999"):
+        with pytest.raises(InputError, match=f"address {wrong}: "):
+            ClusterConfig(address=wrong).runner()
+    assert len(played.started) == 2
 
 
 # ---- one real session
@@ -276,16 +285,25 @@ def test_workers_write_the_files_of_one_process_and_resume(tmp_path, capfd, monk
     marks, out = tmp_path / "two", tmp_path / "two" / "run"
     (marks / "2.fail").touch()
     (marks / "5.die").touch()
+    seen = []
+    end = cluster.leave
+
+    def look_and_leave() -> None:
+        if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+            (node,) = sys.modules["ray"].nodes()
+            (session,) = [folder for folder in Path(node["RayletSocketName"]).parents if "rora-ray-" in folder.name]
+            is_loopback = ipaddress.ip_address(node["NodeManagerAddress"]).is_loopback
+            seen.append((stat.S_IMODE(session.stat().st_mode), is_loopback))
+            end()
+            assert not session.exists()
+
+    monkeypatch.setattr(cluster, "leave", look_and_leave)
     capfd.readouterr()
     with pytest.raises(SystemExit) as stop:
         squares.main(str(out), str(marks), "--workers", "2")
     printed = capfd.readouterr()
     assert stop.value.code == 1
-    ray = sys.modules["ray"]
-    session = Path(ray._private.worker.global_worker.node.get_session_dir_path()).parents[1]
-    assert stat.S_IMODE(session.stat().st_mode) == 0o700, "only this user can enter the session's folder"
-    addresses = [ipaddress.ip_address(node["NodeManagerAddress"]) for node in ray.nodes()]
-    assert all(address.is_loopback for address in addresses), "no other machine connects"
+    assert seen == [(0o700, True)], "only this user can enter the session's folder, and no other machine connects"
     assert "side 2 failed (ValueError: no square of side 2)" in printed.err
     assert "2 of 6 cells failed" in printed.err
     errors = [path.read_text() for path in out.glob("cells/*/error.txt")]
@@ -299,8 +317,6 @@ def test_workers_write_the_files_of_one_process_and_resume(tmp_path, capfd, monk
     assert after == before | {2: before[2] + 1, 5: before[5] + 1}
     assert "cells per node: 2 on " in capfd.readouterr().out
     assert _contents(out) == _contents(tmp_path / "one" / "run")
-    ray.shutdown()
-    shutil.rmtree(session)
 
 
 def _contents(out: Path) -> dict[str, object]:
