@@ -35,6 +35,7 @@ from rora_theory.lab.data.formats import (
     matching_format,
     records_digest,
 )
+from rora_theory.runs import files
 from rora_theory.scaling import check_choice
 from rora_theory.validation.ranges import Natural, check_ranges
 from rora_theory.validation.rules import check_list
@@ -273,12 +274,8 @@ def _read_file(path: Path, where: str, columns: Container[str]) -> Iterator[tupl
 
     Of a Parquet file, only ``columns`` are read; other keys have the value ``...``.
     """
-    if not os.path.exists(path):
-        raise InputError(f"{where}: no such file. Pass {SUPPORTED_SOURCES}.")
     # A device or a pipe would be read until memory is full, or waited for.
-    if not os.path.isfile(path):
-        kind = "a folder" if os.path.isdir(path) else "not a regular file"
-        raise InputError(f"{where}: is {kind}. Pass {SUPPORTED_SOURCES}.")
+    files.check_regular(path, accepted=SUPPORTED_SOURCES)
     reader = READERS.get(path.suffix, "json")
     table = _load_table(path, reader, where)
     unread: dict[str, Any] = {}
