@@ -23,7 +23,7 @@ from rora_theory.lab.llama.tokenizer import Tokenizer, import_fast_tokenizer
 from rora_theory.laws.random.seeds import check_seed
 from rora_theory.optimizers import Schedule
 from rora_theory.scaling import check_between, check_integer
-from rora_theory.validation.ranges import AtLeastTwo, Count, Natural, NotNegative, Positive, check_ranges
+from rora_theory.validation.ranges import AtLeastTwo, Count, NotNegative, Positive, check_ranges
 
 END = "<|endoftext|>"
 """Token between two documents."""
@@ -94,7 +94,7 @@ class PretrainSettings:
     """Number of microbatches that a batch is processed in, which fit a processor's cache where a batch does not"""
     lr: Positive = 3e-3
     """Peak learning rate"""
-    warmup: Natural = 100
+    warmup: int = 100
     """Number of steps of linear warm-up from 0"""
     schedule: Schedule = "cosine"
     """Learning rate after the warm-up: linear or cosine decay to 0 after the last step, or constant"""

@@ -100,7 +100,7 @@ def read_regime(folder: Path) -> RateLaw:
     if held_out.empty:
         raise InputError(
             f"{folder / CROSSING_DISTANCES} has no held-out row for kaiming_uniform. "
-            "Run sims.regime with --inits kaiming_uniform."
+            "Pass a run of sims.regime whose inits contain kaiming_uniform."
         )
     crossing_distances = held_out["crossing_distance"].astype(float).tolist()
     return RateLaw(tuple(crossing_distances), tuple(run.linear_terms.values()))
