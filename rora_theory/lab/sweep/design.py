@@ -6,11 +6,10 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-import yaml
-
 from rora_theory.errors import InputError
 from rora_theory.lab.finetune.config import LEARNING_RATES
 from rora_theory.laws.random.seeds import check_seed
+from rora_theory.runs.files import parse_yaml
 from rora_theory.scaling import check_choice, check_integer, check_positive, exponent
 from rora_theory.validation.rules import check_list, check_steps
 
@@ -117,7 +116,7 @@ class SweepGrid:
         for axis in self.axes:
             name, _, words = axis.partition("=")
             check_choice("axes", name, AXES)
-            values[name] = [yaml.safe_load(word) for word in words.split(",")]
+            values[name] = [parse_yaml(word, where=f"axes {axis!r}") for word in words.split(",")]
             if not words or len(set(map(str, values[name]))) < len(values[name]):
                 raise InputError(f"axes must have the form NAME=VALUE,VALUE with different values, got {axis!r}")
         return [dict(zip(values, combination, strict=True)) for combination in product(*values.values())]

@@ -98,7 +98,9 @@ def test_gains_read_outs_and_further_axes() -> None:
     assert len({key_of(c) for c in made}) == len(made) == 2 * 3 * 3
     with pytest.raises(InputError, match=r"gains .*RoRA"):
         replace(design, methods=("rora",))
-    for axis, message in (("depth=3", "'depth'"), ("schedule=", "'schedule='"), ("batch_size=4,4", "'batch_size=4,4'")):
+    assert replace(design, axes=("weight_decay=1e-2,0",)).variants() == [{"weight_decay": 0.01}, {"weight_decay": 0}]
+    wrong = ("depth=3", "'depth'"), ("schedule=", "'schedule='"), ("batch_size=4,4", "'batch_size=4,4'")
+    for axis, message in (*wrong, ("clip=[1", r"'clip=\[1': is not YAML")):
         with pytest.raises(InputError, match=f"axes .*{message}"):
             replace(design, axes=(axis,))
 
