@@ -71,11 +71,11 @@ def check_coordinates(config: CoordinateCheckOptions) -> None:
     # The identity contains digests of the inputs, not their paths, so that the run can be resumed on another machine.
     identity = flatten(check_config) | flatten(batch_config) | {"targets": config.targets} | source.identity
     check_free(path_of(NAME, identity, config.out))
-    # Batches of all seeds, and the model, whose modules the targets have to match.
+    # Batches of all seeds, and the model, whose modules the targets have to match, before its weights are read.
     seeds, steps = check_config.seeds, check_config.steps
     batches = record_batches.make_seed_batches(batch_config, source, seeds=seeds, steps=max(steps))
+    select_modules(source.skeleton, targets)
     model = source.model
-    select_modules(model, targets)
     for seed in seeds:
         check_unseen(model, batches[seed].held_out, batches[seed].train[0])
     data = ["/".join(Path(name).parts[-2:]) for name in config.data]

@@ -92,7 +92,7 @@ def finetune_model(config: FinetuneOptions) -> None:
         formats |= {"alpha": "{alpha:g}", "scaling": "{scaling:.6g}"}
         rows = [row._asdict() for row in adapted]
         tables.print_records(f"{training.method} on {config.model}", rows, formats, left=3, missing="-")
-    tokenizer = llama.model_tokenizer(origin)
+    tokenizer = llama.model_tokenizer(origin, llama_config.vocab_size)
     chat = records.chat(tokenizer, training.template)
     identity = origin.identity() | records.identity(chat) | training.settings()
     if is_first:

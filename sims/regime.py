@@ -121,16 +121,16 @@ def measure_regime(config: RegimeOptions) -> None:
     if config.adapter is not None:
         identity["adapter_sha256"] = adapters.adapter_digest(config.adapter)
     check_free(path_of(NAME, identity, config.out))
-    # Batches, then the model with a merged adapter, and its modules.
+    # Batches and modules, then the model with a merged adapter.
     pair = record_batches.make_batch_pair(config.batches, source, seed=seed)
+    targets = without_list_of_all_linear(config.targets)
+    layers = sorted({layer_index(name) for name in select_modules(source.skeleton, targets, config.layers)})
+    all_layers = {layer_index(name) for name in select_modules(source.skeleton, None)}
     model = source.model
     if config.adapter is not None:
         model = inputs.merge_adapter(model, config.adapter)
     if config.measured.mask:
         check_unseen(model, pair.held_out, pair.train)
-    targets = without_list_of_all_linear(config.targets)
-    layers = sorted({layer_index(name) for name in select_modules(model, targets, config.layers)})
-    all_layers = {layer_index(name) for name in select_modules(model, None)}
     extra: dict[str, Any] = {"units": regime_tables.UNITS, "device": inputs.describe_device(model)}
     extra["data"] = [Path(name).name for name in config.data]
     folder = RunFolder.open(NAME, identity, out=config.out, seed=seed, extra=extra, models=[source.origin])

@@ -143,8 +143,8 @@ def take_first_steps(config: TransferOptions, advised: Advised) -> None:
     identity |= {"targets": targets} | advice.identity() | source.identity
     check_free(path_of(NAME, identity, config.out))
     # Nothing is written before the inputs are checked. The advice is printed before the model takes steps.
+    select_modules(source.skeleton, targets)
     model = source.model
-    select_modules(model, targets)
     check_unseen(model, pair.held_out, pair.train)
     report(config, advised)
     # Run every candidate with every seed.

@@ -19,6 +19,7 @@ from rora_theory.scaling import Rule, scaling_factor
 from rora_theory.validation.ranges import Count, Positive, check_ranges
 from rora_theory.validation.rules import check_list, check_unread
 from sims.common import answers, cli, tables
+from sims.common.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,13 @@ def read_parameters(name: str, revision: str | None, modules: tuple[str, ...]) -
     Raises:
       InputError: If there is no such model, or if it lacks one of the modules.
     """
-    from rora_theory.lab import llama
-    from rora_theory.lab.adapters import targets
+    with progress_bar("importing PyTorch and PEFT", 1):
+        from rora_theory.measure.modules import count_parameters, select_modules
+        from sims.common import inputs
 
-    model_config = llama.model_config(llama.locate(name, revision, config_only=True))
-    targets.matched(model_config, modules, None)
-    return llama.count_parameters(model_config) / 1e9
+    _, skeleton = inputs.open_model(name, revision, config_only=True)
+    select_modules(skeleton, peft_targets(modules))
+    return count_parameters(skeleton) / 1e9
 
 
 def result_entries(expected: ExpectedRate) -> dict[str, Any]:

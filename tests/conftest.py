@@ -233,6 +233,7 @@ MEASURING = ("regime", "coordinate_check", "tune", "transfer")
 WITH_TORCH = {
     "test_regime.py": (),
     "test_coordinate_check.py": (),
+    "test_tune.py": (),
     "test_identities.py": MEASURING,
     "test_own_data.py": MEASURING,
     "test_refusals.py": MEASURING,

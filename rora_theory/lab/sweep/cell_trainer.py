@@ -128,7 +128,8 @@ class CellTrainer:
         if model == self._tokenized:
             return
         located, records, training = self._find(model), self.plan.records, self.plan.training
-        tokenizer, longest = llama.model_tokenizer(located), llama.model_config(located).max_position_embeddings
+        config = llama.model_config(located)
+        tokenizer = llama.model_tokenizer(located, config.vocab_size)
         # The prompt is that of the records, rendered with the model's own chat template if they are chats.
         template = records.source.template(training.template)
         chat = records.source.chat(tokenizer, template)
@@ -141,11 +142,12 @@ class CellTrainer:
         self._widths = choose_widths(self.train_examples.input_lengths, training.widths)
         # Held-out records are kept whole, because losses are compared over the same tokens.
         self.held_out: Examples = encode(
-            [record for _, _, record in records.held_out], cutoff=longest, answer_only=True
+            [record for _, _, record in records.held_out], cutoff=config.max_position_embeddings, answer_only=True
         )
         if self.held_out.truncated:
             raise InputError(
-                f"held-out records must have at most {longest} tokens, the context of {model}, got a longer one"
+                f"held-out records must have at most {config.max_position_embeddings} tokens, the context of {model}, "
+                "got a longer one"
             )
         self._tokenized = model
 
