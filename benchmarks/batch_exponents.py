@@ -14,10 +14,9 @@ from itertools import combinations
 from pathlib import Path
 
 import pandas as pd
-from sweep_folders import best_row, read_curves
+from sweep_folders import best_row, log2_ratios, read_curves
 
 from rora_theory.advice.constants import CONSTANTS
-from rora_theory.lab.sweep.curves import ESTIMATORS
 from rora_theory.runs import frames
 from rora_theory.stats.rate_curves import Curve
 from rora_theory.stats.regret import regret
@@ -44,9 +43,8 @@ def exponent_rows(small: int, first: Curve, large: int, second: Curve) -> list[d
     """Return the exponent between two batch sizes by both estimators, with its interval over the held-out records."""
     pair = {"from_batch": small, "to_batch": large, "rank": first.rank, "gain": first.gain, "schedule": "cosine"}
     rows, octaves = [], math.log2(large / small)
-    for name, compute in ESTIMATORS.items():
-        # Runs of all batches are evaluated on the same records, so that errors are paired.
-        logs = compute((-1.0, 1.0), first, second)
+    # Runs of all batches are evaluated on the same records, so that errors are paired.
+    for name, logs in log2_ratios(first, second).items():
         row = pair | {"estimator": name, "exponent": logs.value / octaves}
         rows.append(row | {"half_width": logs.half_width() / octaves, "seeds": 1})
     return rows

@@ -13,11 +13,10 @@ import math
 from pathlib import Path
 
 import pandas as pd
-from sweep_folders import curves_after
+from sweep_folders import curves_after, log2_ratios
 
 from rora_theory.advice.best_rate import Run
 from rora_theory.lab.sweep.analysis import BOOTSTRAP_SAMPLES
-from rora_theory.lab.sweep.curves import ESTIMATORS
 from rora_theory.optimizers import Schedule
 from rora_theory.runs import frames
 from rora_theory.stats.rate_curves import Curve, at_shared_seeds
@@ -45,8 +44,7 @@ def change_rows(model: str, curves: dict[Run, Curve], old: Run, new: Run) -> lis
         ("G", new.gain / old.gain) if old.steps == new.steps else ("steps", (new.steps or 0) / (old.steps or 0))
     )
     rows = []
-    for estimator, compute in ESTIMATORS.items():
-        logs = compute((-1.0, 1.0), *ends)
+    for estimator, logs in log2_ratios(*ends).items():
         slope = logs.times(1 / math.log2(change))
         row = {"model": model, "schedule": old.schedule, "rank": old.rank, "over": over, "from_gain": old.gain}
         row |= {"to_gain": new.gain, "from_steps": old.steps, "to_steps": new.steps, "estimator": estimator}

@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 
 from rora_theory.advice.best_rate import Run
-from rora_theory.lab.sweep.curves import curves_at
+from rora_theory.lab.sweep.curves import ESTIMATORS, curves_at
 from rora_theory.lab.sweep.runs import read_runs, read_tokens
 from rora_theory.optimizers import Schedule
-from rora_theory.stats.estimate import over_seeds
+from rora_theory.stats.estimate import Estimate, over_seeds
 from rora_theory.stats.rate_curves import Curve
 from rora_theory.stats.regret import regrets_at
 
@@ -40,6 +40,11 @@ def regret_at(curve: Curve, learning_rate: float) -> tuple[float, bool]:
     """Return the regret of a learning rate in nats per token, and whether it is a lower bound."""
     (cost,), (is_lower_bound,) = regrets_at(curve, np.array([learning_rate]))
     return float(cost), bool(is_lower_bound)
+
+
+def log2_ratios(first: Curve, second: Curve) -> dict[str, Estimate]:
+    """Return log2 of the best rate of the second curve over that of the first, of the same seeds, by estimator."""
+    return {name: compute((-1.0, 1.0), first, second) for name, compute in ESTIMATORS.items()}
 
 
 def distinct_factors(by_name: Mapping[str, Callable[[Run, Run, float], float]], old: Run, new: Run) -> dict[str, float]:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from sweep_folders import best_row, distinct_factors, mean_regrets, read_curves
+from sweep_folders import best_row, distinct_factors, log2_ratios, mean_regrets, read_curves
 
 from rora_theory.advice.best_rate import Run, carry_rate
 from rora_theory.evidence.policies import measured_policies
@@ -66,9 +66,9 @@ def ratio_rows(first: Curve, second: Curve) -> list[dict[str, object]]:
     """Return the best rate of the second curve over that of the first, of one seed, by both estimators."""
     if first.edge or second.edge:
         return [{"estimator": name, "ratio": None, "log2_error": None} for name in ESTIMATORS]
-    logs = {name: compute((-1.0, 1.0), first, second) for name, compute in ESTIMATORS.items()}
     return [
-        {"estimator": name, "ratio": 2**value.value, "log2_error": value.known_error} for name, value in logs.items()
+        {"estimator": name, "ratio": 2**logs.value, "log2_error": logs.known_error}
+        for name, logs in log2_ratios(first, second).items()
     ]
 
 
