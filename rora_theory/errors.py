@@ -7,7 +7,7 @@ class InputError(ValueError):
     """A wrong argument, file or record, refused before work starts.
 
     The message is one line that names the argument or the file, states what is wrong with it and how to fix it. Command
-    lines print it and exit with status 2.
+    lines print it with options in place of arguments and exit with status 2.
     """
 
 

@@ -1,10 +1,13 @@
 """The beginning and the end of a command: options from a dataclass, and one line and status 2 for bad input."""
 
+import contextlib
 import copy
 import dataclasses
 import errno
+import io
 import logging
 import os
+import re
 import signal
 import sys
 import typing
@@ -66,24 +69,35 @@ def parse(config: type[Options], argv: Sequence[str] | None = None, *, descripti
       description: Description of the command in ``--help``.
 
     Raises:
-      InputError: If a file of options cannot be read.
-      SystemExit: After ``--help``, with status 0; after an error of tyro or a value that the dataclass refuses, with
-        status 2.
+      InputError: If the dataclass refuses a value, or a file of options cannot be read.
+      SystemExit: After ``--help``, with status 0; after an error of tyro, with status 2.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     shared, words = tyro.cli(SharedOptions, args=words, return_unknown_args=True, add_help=False)
     for path in reversed(shared.config):
         words += _read_options(path, words)
     module = _module_of_process()
-    parsed = tyro.cli(
-        config,
-        prog=f"python -m {module}" if module else None,
-        args=words,
-        description=f"{description}\n\n{SHARED_HELP}",
-        # Option names without the names of the dataclasses that contain them. For help from comments, tyro would parse
-        # each source file at each call.
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.SuppressFixed, tyro.conf.HelptextFromCommentsOff),
-    )
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            parsed = tyro.cli(
+                config,
+                prog=f"python -m {module}" if module else None,
+                args=words,
+                description=f"{description}\n\n{SHARED_HELP}",
+                # Option names without the names of the dataclasses that contain them. For help from comments, tyro
+                # would parse each source file at each call.
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.SuppressFixed, tyro.conf.HelptextFromCommentsOff),
+            )
+    except SystemExit as stop:
+        # An InputError of a `__post_init__` is reported in one line, as those that are raised later.
+        cause = stop.__context__
+        while cause is not None and not isinstance(cause, InputError):
+            cause = cause.__context__
+        if cause is not None:
+            raise with_options(cause, config) from None
+        print(errors.getvalue(), end="", file=sys.stderr)
+        raise
     if shared.json:
         answers.collect_json()
     return parsed
@@ -125,10 +139,41 @@ def command(config: type[Options], work: Callable[[Options], object], descriptio
       The function, see `run_command`.
     """
 
+    def parse_and_work(argv: Sequence[str] | None) -> None:
+        parsed = parse(config, argv, description=(description or "").strip())
+        try:
+            work(parsed)
+        except InputError as error:
+            raise with_options(error, config) from None
+
     def main(argv: Sequence[str] | None = None) -> None:
-        run_command(lambda: work(parse(config, argv, description=(description or "").strip())))
+        run_command(lambda: parse_and_work(argv))
 
     return main
+
+
+def with_options(error: InputError, config: type) -> InputError:
+    """Write the names of arguments in an error as options: at its beginning, after a verb, or of several words."""
+    names = set(_field_names(config))
+
+    def as_option(match: re.Match[str]) -> str:
+        name = match[0]
+        is_alone = match.start() == 0 or match.string[: match.start()].endswith(("without ", "Add ", "emove "))
+        is_argument = name in names and ("_" in name or is_alone)
+        return f"--{name.strip('_').replace('_', '-')}" if is_argument else name
+
+    error.args = (re.sub(r"(?<![\w./'\"-])[a-zA-Z_]+(?![\w./'\":(-])", as_option, str(error)), *error.args[1:])
+    return error
+
+
+def _field_names(config: type) -> Iterator[str]:
+    """Yield the names of the fields of a dataclass and of all dataclasses nested in it."""
+    hints = typing.get_type_hints(config)
+    for field in dataclasses.fields(config):
+        if dataclasses.is_dataclass(kind := hints[field.name]):
+            yield from _field_names(typing.cast(type, kind))
+        else:
+            yield field.name
 
 
 def _module_of_process() -> str | None:

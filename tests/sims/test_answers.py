@@ -90,4 +90,4 @@ def test_a_negative_answer_has_status_1_and_bad_input_status_2() -> None:
     """Status 1 comes with an answer. Bad input gives one line of error and no JSON."""
     status, out, _ = run_answer_command("--json --rank 1")
     assert (status, json.loads(out)["answer"]) == (1, "Rank 8 is enough.")
-    assert run_answer_command("--json --rank 0") == (2, "", "error: rank must be at least 1, got 0\n")
+    assert run_answer_command("--json --rank 0") == (2, "", "error: --rank must be at least 1, got 0\n")

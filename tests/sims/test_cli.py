@@ -26,7 +26,7 @@ class Checked:
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise InputError(f"rank must be at least 1, got {self.rank} [x]")
+            raise InputError(f"--rank must be at least 1, got {self.rank} [x]")
 
 
 @dataclass(frozen=True)
@@ -149,12 +149,11 @@ def test_a_file_that_is_no_mapping_in_yaml_is_named(tmp_path: Path, text: str) -
         parse("--config", str(tmp_path / "none.yaml"))
 
 
-@pytest.mark.parametrize("config", [Checked, Checks])
-def test_ranges_are_checked_when_the_configuration_is_created(config: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """tyro prints the message of `__post_init__`, for the command's own configuration and for a nested one."""
-    with pytest.raises(SystemExit, match="2"):
-        parse("--rank", "-1", config=config)
-    assert "rank must be at least 1, got -1 [x]" in capsys.readouterr().err
+def test_ranges_are_checked_when_the_configuration_is_created() -> None:
+    """The message of `__post_init__` is printed unchanged, for the command's own configuration and for a nested one."""
+    for config in (Checked, Checks):
+        with pytest.raises(InputError, match=r"^--rank must be at least 1, got -1 \[x\]$"):
+            parse("--rank", "-1", config=config)
 
 
 def test_a_missing_option_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -220,11 +220,11 @@ def test_from_a_saved_adapter_as_json(save) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--from-rank 8", "from_rank is 8, but {} has 16"),
-        ("--alpha 16", "alpha is 16.0, but {} has 32.0"),
-        ("--rule lora", "rule is lora, but {} has rslora"),
-        ("--init gaussian", "init is gaussian, but {} has kaiming_uniform"),
-        ("--targets q_proj", "targets is q_proj, but {} has q_proj v_proj"),
+        ("--from-rank 8", "--from-rank is 8, but {} has 16"),
+        ("--alpha 16", "--alpha is 16.0, but {} has 32.0"),
+        ("--rule lora", "--rule is lora, but {} has rslora"),
+        ("--init gaussian", "--init is gaussian, but {} has kaiming_uniform"),
+        ("--targets q_proj", "--targets is q_proj, but {} has q_proj v_proj"),
     ],
 )
 def test_options_that_contradict_a_saved_adapter_are_refused(save, options, message) -> None:

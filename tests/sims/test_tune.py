@@ -89,13 +89,13 @@ def test_a_number_of_parameters_stands_for_a_model(model) -> None:
     ("words", "named"),
     [
         ("--targets z_proj", "'z_proj', which matches no linear module"),
-        ("--family none", "family .*'none'"),
+        ("--family none", "--family .*'none'"),
         ("--model nowhere", "nowhere: no such path"),
-        ("--rank 0", "rank .* 0"),
-        ("--parameters 0", "parameters .* 0"),
-        ("--parameters 8 --model nowhere", "model nowhere .*parameters"),
-        ("--parameters 8 --model smollm2-135m", "model smollm2-135m .*parameters"),
-        ("", "model .*parameters"),
+        ("--rank 0", "--rank .* 0"),
+        ("--parameters 0", "--parameters .* 0"),
+        ("--parameters 8 --model nowhere", "--model nowhere .*--parameters"),
+        ("--parameters 8 --model smollm2-135m", "--model smollm2-135m .*--parameters"),
+        ("", "--model .*--parameters"),
     ],
 )
 def test_bad_input_is_one_line(words, named, model) -> None:

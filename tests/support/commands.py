@@ -70,10 +70,9 @@ def output(ended: Ended) -> str:
 def refusal(ended: Ended) -> str:
     """Return the message in which a command refused its input, with exit status 2: one line, or a box of tyro."""
     assert ended.status == 2, ended.err
-    if "For full helptext" in ended.err:
-        return " ".join(line.strip("│| ") for line in ended.err.splitlines())
-    assert ended.err.startswith("error: ")
-    assert ended.err.count("\n") == 1
+    if "For full helptext" not in ended.err:
+        assert ended.err.startswith("error: ")
+        assert ended.err.count("\n") == 1
     return ended.err
 
 
