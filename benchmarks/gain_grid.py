@@ -66,7 +66,7 @@ SCHEDULES: tuple[Schedule, ...] = ("constant", "cosine")
 
 
 @dataclass(frozen=True)
-class Setting:
+class GridSetting:
     """Setting of five runs.
 
     Attributes:
@@ -106,9 +106,9 @@ class Design:
     """
 
     config: str
-    reduced: tuple[Setting, ...]
-    more: tuple[Setting, ...]
-    compared: tuple[Setting, ...]
+    reduced: tuple[GridSetting, ...]
+    more: tuple[GridSetting, ...]
+    compared: tuple[GridSetting, ...]
     read_at: tuple[int, ...]
     rates: int
     seeds: tuple[int, ...]
@@ -125,26 +125,29 @@ class Design:
 
 
 SMALL_REDUCED = tuple(
-    Setting(rank, gain, schedule, 1024)
+    GridSetting(rank, gain, schedule, 1024)
     for schedule in SCHEDULES
     for rank, gain in ((8, 32.0), (8, 4.0), (8, 256.0), (8, 2048.0), (2, 32.0), (64, 32.0))
 )
 RANKS = tuple(
-    Setting(rank, gain, schedule, 1024) for schedule in SCHEDULES for rank in (2, 64) for gain in (4.0, 256.0, 2048.0)
+    GridSetting(rank, gain, schedule, 1024)
+    for schedule in SCHEDULES
+    for rank in (2, 64)
+    for gain in (4.0, 256.0, 2048.0)
 )
 RSLORA_GAINS = {rank: 32.0 * math.sqrt(rank) for rank in (8, 2, 64)}
 """G of use_rslora at alpha 32 by rank. That of rank 64 is 256, which is among the settings of `RANKS`."""
 
-RSLORA = tuple(Setting(rank, RSLORA_GAINS[rank], schedule, 1024) for schedule in SCHEDULES for rank in (8, 2))
-BATCHES = tuple(Setting(8, 32.0, "constant", 1024, batch_size=size) for size in (16, 64))
-LONG = (Setting(8, 32.0, "constant", 4096),)
-LONGER = (Setting(8, 32.0, "constant", 16384), Setting(8, 32.0, "cosine", 4096))
-REFERENCE_STEPS = (Setting(8, 32.0, "constant", 1024),)
-LONG_GAINS = tuple(Setting(8, gain, "constant", 4096) for gain in (4.0, 256.0))
-LONG_RANKS = tuple(Setting(64, gain, "constant", 4096) for gain in (32.0, 4.0, 256.0))
+RSLORA = tuple(GridSetting(rank, RSLORA_GAINS[rank], schedule, 1024) for schedule in SCHEDULES for rank in (8, 2))
+BATCHES = tuple(GridSetting(8, 32.0, "constant", 1024, batch_size=size) for size in (16, 64))
+LONG = (GridSetting(8, 32.0, "constant", 4096),)
+LONGER = (GridSetting(8, 32.0, "constant", 16384), GridSetting(8, 32.0, "cosine", 4096))
+REFERENCE_STEPS = (GridSetting(8, 32.0, "constant", 1024),)
+LONG_GAINS = tuple(GridSetting(8, gain, "constant", 4096) for gain in (4.0, 256.0))
+LONG_RANKS = tuple(GridSetting(64, gain, "constant", 4096) for gain in (32.0, 4.0, 256.0))
 AT_RANK_8 = tuple(setting for setting in SMALL_REDUCED if setting.rank == REFERENCE_RANK)
-GAINS = tuple(Setting(8, gain, "constant", 64) for gain in (32.0, 4.0, 256.0, 2048.0))
-DECAY = tuple(Setting(8, gain, "cosine", 256) for gain in (32.0, 256.0))
+GAINS = tuple(GridSetting(8, gain, "constant", 64) for gain in (32.0, 4.0, 256.0, 2048.0))
+DECAY = tuple(GridSetting(8, gain, "cosine", 256) for gain in (32.0, 256.0))
 DESIGNS = {
     "small": Design("gain_grid_small.yaml", SMALL_REDUCED, (), SMALL_REDUCED, (64, 256, 1024), 5, (0, 1, 2, 3, 4)),
     "small_more": Design(
@@ -189,7 +192,7 @@ def pilot(args: argparse.Namespace) -> None:
     run_sweep(args, args.out, PILOT_SEED, words)
 
 
-def centre(reference_rate: float, steps: int, setting: Setting) -> float:
+def centre(reference_rate: float, steps: int, setting: GridSetting) -> float:
     """Return the rate around which a setting is run, from the best rate at the reference after a number of steps."""
     rate = reference_rate * (REFERENCE_GAIN / setting.gain) ** 0.75 * (setting.rank / REFERENCE_RANK) ** 0.15
     rate *= (setting.steps / steps) ** CONSTANTS["steps_exponent"].value
@@ -323,7 +326,7 @@ def products(first: list[float], second: list[float]) -> list[float]:
     return [a * b for a, b in itertools.product(first, second)]
 
 
-def more_comparisons() -> list[tuple[str, Setting, Setting]]:
+def more_comparisons() -> list[tuple[str, GridSetting, GridSetting]]:
     """Return what changes and both settings of every comparison of ``small_more``."""
     comparisons = []
     for setting in RANKS:
@@ -331,7 +334,7 @@ def more_comparisons() -> list[tuple[str, Setting, Setting]]:
         comparisons.append(("rank at one G", at_rank_8, setting))
         comparisons.append(("rank and G", replace(at_rank_8, gain=REFERENCE_GAIN), setting))
     for schedule, rank in itertools.product(SCHEDULES, (2, 64)):
-        old, new = (Setting(r, RSLORA_GAINS[r], schedule, 1024) for r in (REFERENCE_RANK, rank))
+        old, new = (GridSetting(r, RSLORA_GAINS[r], schedule, 1024) for r in (REFERENCE_RANK, rank))
         comparisons.append(("use_rslora", old, new))
     comparisons += [("batch", replace(setting, batch_size=4), setting) for setting in BATCHES]
     return comparisons

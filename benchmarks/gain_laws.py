@@ -41,7 +41,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import scipy
-from gain_grid import DESIGNS, REFERENCE_GAIN, REFERENCE_RANK, Design, Setting
+from gain_grid import DESIGNS, REFERENCE_GAIN, REFERENCE_RANK, Design, GridSetting
 from jaxtyping import Float
 from sweep_folders import DRAWS, distinct_factors, mean_regrets
 
@@ -68,10 +68,10 @@ from rora_theory.stats.verdicts import judge_range
 STEPS_POLICIES = {"keep the rate": 0.0, "T^-0.25": -0.25, "T^-0.5": -0.5}
 """Exponents in the number of steps whose regret is computed."""
 
-REFERENCE = Setting(REFERENCE_RANK, REFERENCE_GAIN, "constant", 1024).name
+REFERENCE = GridSetting(REFERENCE_RANK, REFERENCE_GAIN, "constant", 1024).name
 """Rank and G of the setting to which all others are compared."""
 
-Curves = Mapping[Setting, Curve]
+Curves = Mapping[GridSetting, Curve]
 """Loss curves of a seed."""
 
 
@@ -143,7 +143,7 @@ def fit_mixed(
     return MixedFit(effects, covariance, float(best.x[0]), float(best.x[1]), -deviance / 2)
 
 
-def read_curves(folder: Path, design: Design, loss_on: LossOn = "all") -> dict[Setting, Curve]:
+def read_curves(folder: Path, design: Design, loss_on: LossOn = "all") -> dict[GridSetting, Curve]:
     """Return the curves of a seed's folder that have all rates, of the loss over all tokens or over the answers."""
     all_tokens, answer_tokens = next(iter(read_tokens(folder).values()))
     tokens = answer_tokens if loss_on == "answer" else all_tokens
@@ -159,13 +159,13 @@ def read_curves(folder: Path, design: Design, loss_on: LossOn = "all") -> dict[S
         for steps in design.read_at if schedule == "constant" else (design.steps(schedule),):
             for curve in curves_at(runs, tokens, steps, draws=DRAWS):
                 if len(curve.rates) >= design.rates:
-                    curves[Setting(curve.rank, round(curve.gain, 6), schedule, steps, batch_size)] = curve
+                    curves[GridSetting(curve.rank, round(curve.gain, 6), schedule, steps, batch_size)] = curve
     return curves
 
 
-def read_seeds(folders: Sequence[Path], design: Design, loss_on: LossOn = "all") -> dict[int, dict[Setting, Curve]]:
+def read_seeds(folders: Sequence[Path], design: Design, loss_on: LossOn = "all") -> dict[int, dict[GridSetting, Curve]]:
     """Return the curves of every seed in its run folders."""
-    curves: dict[int, dict[Setting, Curve]] = {}
+    curves: dict[int, dict[GridSetting, Curve]] = {}
     for folder in folders:
         for path in folder.glob("seed_*"):
             curves.setdefault(int(path.name.split("_")[1]), {}).update(read_curves(path, design, loss_on))
@@ -343,7 +343,7 @@ def carrying_policies(steps: int, constant: float) -> dict[str, RatePolicy]:
     return by_name
 
 
-def tuned_elsewhere(curves: Mapping[int, Curves], seed: int, setting: Setting) -> tuple[Curve | None, str]:
+def tuned_elsewhere(curves: Mapping[int, Curves], seed: int, setting: GridSetting) -> tuple[Curve | None, str]:
     """Return the curve of a setting over the other seeds, or of this seed if there is no other; None at an edge."""
     others = [keys[setting] for other, keys in curves.items() if other != seed and setting in keys]
     tuned_on = "other seeds" if others else "this seed"
@@ -359,7 +359,7 @@ def steps_regret_rows(curves: Mapping[int, Curves], design: Design) -> pd.DataFr
     rows = []
     for seed, by_key in curves.items():
         for first, second in itertools.combinations(design.read_at, 2):
-            old, new = (Setting(REFERENCE_RANK, REFERENCE_GAIN, "constant", steps) for steps in (first, second))
+            old, new = (GridSetting(REFERENCE_RANK, REFERENCE_GAIN, "constant", steps) for steps in (first, second))
             tuned, tuned_on = tuned_elsewhere(curves, seed, old)
             target = by_key.get(new)
             if tuned is None or target is None or target.edge:

@@ -82,9 +82,9 @@ def test_the_likelihood_is_that_of_a_normal_distribution():
 
 def test_the_rates_of_a_setting_are_carried_from_the_pilot():
     grid = importlib.import_module("gain_grid")
-    setting = grid.Setting(8, 32.0, "constant", 1024)
+    setting = grid.GridSetting(8, 32.0, "constant", 1024)
     assert grid.centre(0.004, 1024, setting) == pytest.approx(0.004, rel=1e-12)
-    strong = grid.Setting(64, 2048.0, "constant", 1024)
+    strong = grid.GridSetting(64, 2048.0, "constant", 1024)
     assert grid.centre(0.004, 1024, strong) == pytest.approx(0.004 * 64**-0.75 * 8**0.15, rel=1e-12)
 
 
@@ -98,7 +98,7 @@ def test_each_setting_of_a_design_is_run_once_and_compared_with_a_reference_of_a
     for schedule in grid.SCHEDULES:
         compared = [setting for setting in design.compared if setting.schedule == schedule]
         assert {setting.steps for setting in compared} == {design.steps(schedule)}
-        assert grid.Setting(8, 32.0, schedule, design.steps(schedule)) in compared
+        assert grid.GridSetting(8, 32.0, schedule, design.steps(schedule)) in compared
 
 
 def test_predictions_over_steps_are_powers_with_the_spread_of_the_advice():
@@ -125,7 +125,7 @@ def test_a_power_of_the_steps_is_judged_at_the_rate_that_the_other_seeds_tuned()
     laws = importlib.import_module("gain_laws")
     grid = importlib.import_module("gain_grid")
     design = replace(grid.DESIGNS["small"], read_at=(64, 256))
-    setting = partial(grid.Setting, 8, 32.0, "constant")
+    setting = partial(grid.GridSetting, 8, 32.0, "constant")
     # The best rate falls as T^-0.5. The second seed's own best rate after 64 steps would mislead it.
     seeds = {
         seed: {setting(64): parabola(2.0**-9 * shift), setting(256): parabola(2.0**-10)}
@@ -141,8 +141,8 @@ def test_a_power_of_the_steps_is_judged_at_the_rate_that_the_other_seeds_tuned()
 
 def test_the_regret_of_a_predicted_ratio_is_at_the_rate_carried_from_its_first_setting():
     laws, grid = importlib.import_module("gain_laws"), importlib.import_module("gain_grid")
-    old, new = grid.Setting(8, 4.0, "constant", 1024), grid.Setting(64, 4.0, "constant", 1024)
-    large = grid.Setting(8, 4.0, "constant", 1024, batch_size=64)
+    old, new = grid.GridSetting(8, 4.0, "constant", 1024), grid.GridSetting(64, 4.0, "constant", 1024)
+    large = grid.GridSetting(8, 4.0, "constant", 1024, batch_size=64)
     # The best rate grows fourfold with either change.
     best = {old: 2.0**-11, new: 2.0**-9, large: 2.0**-9}
     seeds = {seed: {setting: parabola(rate) for setting, rate in best.items()} for seed in (0, 1, 2)}
@@ -272,7 +272,7 @@ def test_every_set_of_runs_and_every_model_has_the_same_weight():
 
 def test_a_ratio_by_the_answers_is_of_the_rates_that_are_best_by_the_answers():
     laws, grid = (importlib.import_module(name) for name in ("gain_laws", "gain_grid"))
-    old, new = grid.Setting(8, 32.0, "constant", 1024), grid.Setting(8, 256.0, "constant", 1024)
+    old, new = grid.GridSetting(8, 32.0, "constant", 1024), grid.GridSetting(8, 256.0, "constant", 1024)
     best = {"all": {old: 2.0**-9, new: 2.0**-11}, "answer": {old: 2.0**-9, new: 2.0**-10}}
     tables = {
         loss_on: laws.best_rows({seed: {key: parabola(rate) for key, rate in rates.items()} for seed in (0, 1)})
