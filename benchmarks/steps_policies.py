@@ -29,8 +29,8 @@ T^(-s / (1 + s)), and s follows from the losses of one rate after three numbers 
 - ``coverage.csv`` has the share of each model's pairs in the 90% range that the other models give.
 - ``scan.csv`` has the mean regret of each model by p.
 
-Runs that came later are tests: ``smollm2_long``, ``long_gains``, and of ``small_long`` the seeds 3 and 4 and all but the
-first at 16,384 steps.
+Runs that came later are tests: ``smollm2_long``, ``long_gains``, and of ``small_long`` the seeds 3 and 4, and all but
+the first at 16,384 steps.
 """
 
 import argparse
