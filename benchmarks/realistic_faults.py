@@ -34,8 +34,8 @@ TUNE_COMMAND = "sims/tune.py"
 WORKERS_FAULTS = [
     Fault(
         CLUSTER,
-        "@functools.lru_cache(maxsize=1)",
-        "@functools.lru_cache(maxsize=0)",
+        "if reference not in _loaded_work:",
+        "if True:",
         "a worker loads its models again for every cell",
     ),
     Fault(
@@ -64,8 +64,8 @@ WORKERS_FAULTS = [
     ),
     Fault(
         CLUSTER,
-        "except ray.exceptions.RayError as error:\n                yield CellOutcome(index, error)",
-        "except ray.exceptions.RayError:\n                continue",
+        "except ray.exceptions.RayError as error:\n                    yield CellOutcome(index, error)",
+        "except ray.exceptions.RayError:\n                    continue",
         "a cell whose node died disappears",
     ),
     Fault(

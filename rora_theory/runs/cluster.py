@@ -8,7 +8,6 @@ folder. The calling process owns the run folder and resumes it.
 
 import contextlib
 import dataclasses
-import functools
 import ipaddress
 import math
 import os
@@ -16,6 +15,7 @@ import secrets
 import signal
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -73,6 +73,10 @@ class ClusterConfig:
                 f"workers {self.workers} cannot be combined with address. On a cluster, set how many cells a node "
                 "computes with cell_cpus, cell_gpus and cell_memory."
             )
+        if self.address not in (None, "auto"):
+            host, _, port = self.address.rpartition(":")
+            if not (host and port.isdecimal() and "/" not in host):
+                raise InputError(f"address must be HOST:PORT of `ray start --head`, or auto, got {self.address!r}")
 
     def runner(self) -> Runner:
         """Return the runner of the cells, and start Ray or connect to the cluster if it is needed.
@@ -89,10 +93,10 @@ class ClusterConfig:
         gpus = float("GPU" in available) if self.cell_gpus is None else self.cell_gpus
         memory = int((self.cell_memory or 0) * 2**30)
         # Ray waits for missing resources; a cluster may get another node that has them, this machine will not.
-        for name, needed in (("GPU", gpus), ("memory", memory)):
+        for name, needed, amount in (("GPU", gpus, f"{gpus:g}"), ("memory", memory, f"{self.cell_memory} GiB")):
             if self.address is None and needed > available.get(name, 0):
                 raise InputError(
-                    f"a cell needs {name} {needed:g}, more than this machine has. Lower cell_gpus or cell_memory."
+                    f"a cell needs {name} {amount}, more than this machine has. Lower cell_gpus or cell_memory."
                 )
         # Cells own the GPUs, so this process uses the CPU.
         if gpus:
@@ -144,16 +148,23 @@ def _connect(config: ClusterConfig) -> Any:
             f"address {config.address}: no Ray cluster answers ({reason}). Pass HOST:PORT of `ray start --head`."
         ) from error
     finally:
-        signal.signal(signal.SIGTERM, sigterm_handler)  # Ray replaces it
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, sigterm_handler)  # Ray replaces it
     return ray
 
 
-@functools.lru_cache(maxsize=1)
+_loaded_work: dict[Any, Callable[[Any, Path], Any]] = {}
+"""Last work function of this worker, by its reference: the next cell reuses its models and compiled functions."""
+
+
 def _load_work(reference: Any) -> Callable[[Any, Path], Any]:
-    """Return the work function of a reference; the next cell of a worker reuses its models and compiled functions."""
+    """Return the work function of a reference, which is loaded once for all cells of a run."""
     import ray
 
-    return ray.get(reference)
+    if reference not in _loaded_work:
+        _loaded_work.clear()  # free its memory before the next one is loaded
+        _loaded_work[reference] = ray.get(reference)
+    return _loaded_work[reference]
 
 
 def compute_cell(references: list[Any], cell: Any, folder: Path) -> CellOutcome | None:
@@ -189,7 +200,7 @@ class RayRunner:
     def __call__(
         self, work: Callable[[Any, Path], Any], todo: Sequence[tuple[Any, Path]], on_start: Callable[[int], None]
     ) -> Iterator[CellOutcome]:
-        """Submit all cells, and yield their outcomes as they end. `leave` stops those that are running.
+        """Submit all cells, and yield their outcomes as they end. An exception stops those that are running.
 
         Args:
           work: Function of a cell and its folder. It is sent to the workers with all objects that it refers to.
@@ -206,25 +217,29 @@ class RayRunner:
         remote = ray.remote(max_retries=RETRIES, **self.needs)(compute_cell)
         references = [ray.put(work)]
         pending: dict[Any, int] = {}
-        for index, (cell, folder) in enumerate(todo):
-            on_start(index)
-            pending[remote.remote(references, cell, folder.resolve())] = index
-        while pending:
-            (ended,), _ = ray.wait(list(pending), num_returns=1)
-            index = pending.pop(ended)
-            try:
-                outcome = ray.get(ended)
-            except ray.exceptions.RayTaskError as error:
-                # The cell raised an exception; Ray's has the traceback of the worker.
-                error.cause.__cause__ = error
-                yield CellOutcome(index, error.cause)
-            except ray.exceptions.RayError as error:
-                yield CellOutcome(index, error)
-            else:
-                if outcome is None:
-                    run = todo[index][1].parents[1]
-                    raise InputError(
-                        f"{run}: a node of the cluster does not see this run folder. Use one on a file system that all "
-                        "nodes share."
-                    )
-                yield outcome._replace(position=index)
+        try:
+            for index, (cell, folder) in enumerate(todo):
+                on_start(index)
+                pending[remote.remote(references, cell, folder.resolve())] = index
+            while pending:
+                (ended,), _ = ray.wait(list(pending), num_returns=1)
+                index = pending.pop(ended)
+                try:
+                    outcome = ray.get(ended)
+                except ray.exceptions.RayTaskError as error:
+                    # The cell raised an exception; Ray's has the traceback of the worker.
+                    error.cause.__cause__ = error
+                    yield CellOutcome(index, error.cause)
+                except ray.exceptions.RayError as error:
+                    yield CellOutcome(index, error)
+                else:
+                    if outcome is None:
+                        run = todo[index][1].parents[1]
+                        raise InputError(
+                            f"{run}: a node of the cluster does not see this run folder. Use one on a file system that "
+                            "all nodes share."
+                        )
+                    yield outcome._replace(position=index)
+        except BaseException:
+            leave()
+            raise

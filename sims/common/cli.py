@@ -207,10 +207,10 @@ def run_command(main: Callable[[], object]) -> None:
             sys.stdout.flush()
     except KeyboardInterrupt as error:
         line = RESUMABLE if folder.count_open() > open_before else INTERRUPTED
+        cluster.leave()  # workers write into an open run folder
         folder.end_all("interrupted", skip=open_before)
         print(line, file=sys.stderr, flush=True)
         exit_status = 128 + (signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT)
-        cluster.leave()
         # JAX may crash if Python cleans up while it computes, which would replace the exit status.
         if _module_of_process():
             sys.stdout.flush()
@@ -229,8 +229,8 @@ def run_command(main: Callable[[], object]) -> None:
     finally:
         signal.signal(signal.SIGTERM, handler_before)
         _library.propagate = True
-        folder.end_all(run_status, message, skip=open_before)
         cluster.leave()
+        folder.end_all(run_status, message, skip=open_before)
 
 
 def describe_failure(error: Exception) -> str | None:

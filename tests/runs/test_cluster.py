@@ -9,7 +9,9 @@ import signal
 import socket
 import stat
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -84,7 +86,8 @@ class Played:
     def init(self, *words: str, **options: Any) -> None:
         self.started.append((words, options))
         self.is_running = True
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def is_initialized(self) -> bool:
         return self.is_running
@@ -134,7 +137,7 @@ def _throw(error: Exception) -> None:
 @pytest.fixture
 def played(monkeypatch) -> Iterator[Played]:
     monkeypatch.setitem(sys.modules, "ray", ray := Played())
-    cluster._load_work.cache_clear()
+    cluster._loaded_work.clear()
     before = signal.getsignal(signal.SIGTERM)
     yield ray
     leave()
@@ -240,7 +243,7 @@ def test_a_session_that_listens_on_the_network_is_ended(played) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "lacking"), [({"cell_gpus": 2.0}, "GPU 2"), ({"cell_memory": 2.0}, "memory 2.14748e")]
+    ("options", "lacking"), [({"cell_gpus": 2.0}, "GPU 2"), ({"cell_memory": 2.0}, "memory 2.0 GiB")]
 )
 def test_a_cell_that_needs_more_than_this_machine_has_is_refused(played, options, lacking) -> None:
     """A cluster may get another node."""
@@ -263,10 +266,45 @@ def test_a_cluster_is_joined_at_its_address(played, environment) -> None:
         leave()
     assert environment == before | RAY_VARIABLES, "the nodes have their own threads and addresses"
     listening.close()
-    for wrong in (address, "head", "ray://head:10001", ":1", "head:port", "head:99999"):
-        with pytest.raises(InputError, match=f"address {wrong}: "):
-            ClusterConfig(address=wrong).runner()
+    for unused in (address, "head:99999"):
+        with pytest.raises(InputError, match=f"address {unused}: "):
+            ClusterConfig(address=unused).runner()
     assert len(played.started) == 2
+    for wrong in ("head", "ray://head:10001", ":6379", "head:port"):
+        with pytest.raises(InputError, match=f"address .*{wrong}"):
+            ClusterConfig(address=wrong)
+
+
+def test_an_exception_between_two_cells_stops_the_workers(played, tmp_path) -> None:
+    (tmp_path / "run").mkdir()
+    todo = [(cell, tmp_path / "run" / "cells" / str(cell)) for cell in (1, 2)]
+    outcomes = ClusterConfig(workers=2).runner()(lambda cell, folder: cell, todo, lambda _: None)
+    next(outcomes)
+    with pytest.raises(KeyboardInterrupt):
+        outcomes.throw(KeyboardInterrupt)
+    assert not played.is_running
+
+
+def test_a_session_starts_in_any_thread(played) -> None:
+    """Signal handlers belong to the main thread alone."""
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(ClusterConfig(workers=2).runner).result().needs["num_gpus"] == 0.0
+    assert played.is_running
+
+
+def test_the_workers_have_stopped_when_the_run_folder_is_closed(played, monkeypatch) -> None:
+    """They write into it."""
+    running: list[bool] = []
+    monkeypatch.setattr(cli.folder, "end_all", lambda *_, **__: running.append(played.is_running))
+
+    def work(error: BaseException) -> None:
+        ClusterConfig(workers=2).runner()
+        raise error
+
+    for error in (KeyboardInterrupt(), InputError("wrong")):
+        with pytest.raises(SystemExit):
+            cli.run_command(partial(work, error))
+    assert running == [False, False, False], "an interruption closes the folder, and so does every end"
 
 
 # ---- one real session
