@@ -88,7 +88,9 @@ def read_inputs(
     records = training_records.read_record_set(data, config)
     chosen = records.template(template)
     origin, skeleton = open_model(model, revision)
-    tokenizer = llama.model_tokenizer(origin, skeleton.get_input_embeddings().weight.shape[0])
+    with _library_errors(origin.path):
+        embedding_rows = skeleton.get_input_embeddings().weight.shape[0]
+    tokenizer = llama.model_tokenizer(origin, embedding_rows)
     prompts.print_summary(records, chosen)
     return ModelInputs(records, chosen, origin, skeleton, tokenizer, dtype, records.chat(tokenizer, chosen))
 
@@ -107,8 +109,12 @@ def open_model(name: str, revision: str | None = None, *, config_only: bool = Fa
     Raises:
       InputError: If there is no such model, or transformers has no causal language model of its architecture.
     """
-    origin = llama.locate(name, revision, config_only=config_only, check=build_skeleton)
-    return origin, build_skeleton(origin.path)
+    built: list[Any] = []
+    origin = llama.locate(
+        name, revision, config_only=config_only, check=lambda path: built.append(build_skeleton(path))
+    )
+    # Only a hub id is checked before its weights are downloaded.
+    return origin, built[0] if built else build_skeleton(origin.path)
 
 
 def build_skeleton(path: Path) -> Any:

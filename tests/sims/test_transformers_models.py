@@ -179,3 +179,24 @@ def test_a_hub_id_is_checked_before_its_weights_are_downloaded(neox, tmp_path, m
     with pytest.raises(InputError, match=r"org/neox: .*custom code"):
         inputs.open_model("org/neox")
     assert downloads == [1]
+
+
+def test_a_hub_id_has_its_configuration_read_once(neox, monkeypatch) -> None:
+    """The check before the download and the command share one model without weights."""
+    built: list[Path] = []
+    build = inputs.build_skeleton
+
+    def counted(path: Path) -> Any:
+        built.append(path)
+        return build(path)
+
+    def locate(name: str, revision: str | None, *, config_only: bool, check: Any) -> llama.ModelSource:
+        assert (revision, config_only) == (None, True)
+        check(neox)
+        return llama.ModelSource(name, neox, name, "0" * 40)
+
+    monkeypatch.setattr(inputs, "build_skeleton", counted)
+    monkeypatch.setattr(llama, "locate", locate)
+    _, skeleton = inputs.open_model("some/neox", config_only=True)
+    assert skeleton.config.model_type == "gpt_neox"
+    assert built == [neox]

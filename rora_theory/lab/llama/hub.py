@@ -291,6 +291,8 @@ def _download(
         )
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
+    except ModuleNotFoundError:  # a package that `check` needs
+        raise
     except Exception as error:  # exceptions of the HTTP client, which differ between versions of huggingface_hub
         raise InputError(f"{where}: not on the hub, not allowed, or not reachable: {first_line(error)}") from None
     return Path(folder), repository, commit
