@@ -22,8 +22,9 @@ from rora_theory.lab.finetune.loop import Trainer
 from rora_theory.lab.llama.tokenizer import Tokenizer, import_fast_tokenizer
 from rora_theory.laws.random.seeds import check_seed
 from rora_theory.optimizers import Schedule
-from rora_theory.scaling import check_between, check_integer
+from rora_theory.scaling import check_integer
 from rora_theory.validation.ranges import AtLeastTwo, Count, NotNegative, Positive, check_ranges
+from rora_theory.validation.rules import check_warmup
 
 END = "<|endoftext|>"
 """Token between two documents."""
@@ -112,7 +113,7 @@ class PretrainSettings:
     def __post_init__(self) -> None:
         check_ranges(self)
         check_seed("seed", self.seed)
-        check_between("warmup", self.warmup, 0, self.steps, closed="left")
+        check_warmup(self.warmup, self.steps)
         self.training()
 
     def training(self) -> FinetuneConfig:
