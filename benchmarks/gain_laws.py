@@ -48,11 +48,11 @@ from sweep_folders import DRAWS, distinct_factors, mean_regrets
 from rora_theory.advice.best_rate import Run
 from rora_theory.advice.constants import CONSTANTS
 from rora_theory.evidence.policies import (
-    RateFactor,
     RatePolicy,
     displacement_law,
     measured_policies,
     power_of_gain,
+    rate_policy,
     with_rank,
 )
 from rora_theory.lab.finetune.config import LossOn
@@ -332,13 +332,8 @@ def carrying_policies(steps: int, constant: float) -> dict[str, RatePolicy]:
     by_name = measured_policies({steps: constant})
     del by_name["displacement and steps"]  # no number of steps changes here
     rank_exponent = CONSTANTS["rank_exponent"].value
-
-    def with_rank_policy(law: RateFactor) -> RatePolicy:
-        factor = with_rank(law, rank_exponent)
-        return lambda old, new, rate: rate * factor(old.rank, old.gain, new.rank, new.gain)
-
-    by_name["displacement, r^0.15"] = with_rank_policy(displacement_law(constant))
-    by_name["G^-0.75, r^0.15"] = with_rank_policy(power_of_gain(-0.75))
+    by_name["displacement, r^0.15"] = rate_policy(with_rank(displacement_law(constant), rank_exponent))
+    by_name["G^-0.75, r^0.15"] = rate_policy(with_rank(power_of_gain(-0.75), rank_exponent))
     by_name["B^0.5"] = lambda old, new, rate: rate * math.sqrt((new.batch_size or 4) / (old.batch_size or 4))
     return by_name
 

@@ -32,8 +32,20 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from carried import PUBLISHED, Family, Law, Pair, Pairs, judge, own_constants, pairs_of, scan, seed_curves, with_totals
 from gain_grid import DESIGNS, SCHEDULES
+from law_regrets import (
+    PUBLISHED,
+    Family,
+    Law,
+    Pair,
+    Pairs,
+    judge,
+    own_constants,
+    pairs_of,
+    scan,
+    seed_curves,
+    with_totals,
+)
 from sweep_folders import curves_after
 
 from rora_theory.advice.best_rate import Run

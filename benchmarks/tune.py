@@ -17,7 +17,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import tyro
 from sweep_folders import curves_after, regret_at
@@ -65,17 +64,12 @@ Targets = Mapping[Run, Curve]
 """Measured curves of planned runs."""
 
 
-def lowest_rate(curve: Curve) -> int:
-    """Return the index of the measured learning rate with the lowest mean loss over seeds."""
-    return int(np.argmin(curve.losses.mean(axis=0)))
-
-
 def planned_targets(curves: Targets) -> Targets:
     """Return both ranks at every G and number of steps at which a best rate lies between measured ones."""
     return {
         run: curve
         for run, curve in curves.items()
-        if run.rank in TARGET_RANKS and 0 < lowest_rate(curve) < len(curve.rates) - 1
+        if run.rank in TARGET_RANKS and 0 < curve.lowest < len(curve.rates) - 1
     }
 
 
@@ -92,7 +86,7 @@ def case_rows(targets: Targets, *, model: str, parameters: float) -> list[dict[s
         prior = rate_prior(run, parameters=parameters).rates
         fixed = {f"fixed {rate:g}": rate * (64 / run.gain) ** 0.75 for rate in FIXED_RATES}
         regrets = {name: regret_at(curve, rate) for name, rate in ({"prior": prior.best} | fixed).items()}
-        best_rate = float(curve.rates[lowest_rate(curve)])
+        best_rate = float(curve.rates[curve.lowest])
         rows.append(
             {"model": model, "schedule": run.schedule, "gain": run.gain, "rank": run.rank, "steps": run.steps}
             | {"best_rate": best_rate, "prior_rate": prior.best, "low": prior.low, "high": prior.high}
@@ -124,7 +118,7 @@ def default_rate_regret(targets: Targets) -> pd.DataFrame:
         cost, is_lower_bound = regret_at(curve, rate)
         rows.append(
             {"trainer": trainer, "learning_rate": rate, "rank": run.rank, "gain": run.gain, "steps": run.steps}
-            | {"best_rate": float(curve.rates[lowest_rate(curve)]), "regret": cost, "is_lower_bound": is_lower_bound}
+            | {"best_rate": float(curve.rates[curve.lowest]), "regret": cost, "is_lower_bound": is_lower_bound}
         )
     return pd.DataFrame(rows)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 SCRIPTS = sorted((Path(__file__).parents[1] / "benchmarks").glob("*.py"))
-MODULES = {"carried", "hardware", "lm_eval_peer", "realistic_faults", "sweep_folders"}
+MODULES = {"hardware", "law_regrets", "lm_eval_peer", "realistic_faults", "sweep_folders"}
 """Imported by the scripts."""
 
 WORKERS = {"finetune_peer", "gpu_ours", "gpu_peer"}

@@ -255,16 +255,18 @@ def test_policies_of_one_rate_have_one_factor_under_the_first_name():
 
 
 def test_every_set_of_runs_and_every_model_has_the_same_weight():
-    carried = importlib.import_module("carried")
+    law_regrets = importlib.import_module("law_regrets")
 
     # Keeping the rate costs half the square of the distance in octaves.
     def pairs(octaves, count):
-        pair = carried.Pair(Run(8, 4.0), Run(8, 16.0), 2.0**-9, 2.0 ** (octaves - 9), parabola(2.0 ** (octaves - 9)))
+        pair = law_regrets.Pair(
+            Run(8, 4.0), Run(8, 16.0), 2.0**-9, 2.0 ** (octaves - 9), parabola(2.0 ** (octaves - 9))
+        )
         return [pair] * count
 
     table = {"one": {"few": pairs(1, 1), "many": pairs(2, 9)}, "two": {"few": pairs(0, 2)}}
-    judged = carried.judge(table, lambda model: {"keep": (lambda old, new: 1.0, 0.0)})
-    totals = carried.with_totals(judged).query("runs == 'all'").set_index("model")
+    judged = law_regrets.judge(table, lambda model: {"keep": (lambda old, new: 1.0, 0.0)})
+    totals = law_regrets.with_totals(judged).query("runs == 'all'").set_index("model")
     assert totals["mean"].to_dict() == pytest.approx({"one": (0.5 + 2) / 2, "two": 0, "all models": 0.625}, abs=1e-6)
     assert totals["pairs"].to_dict() == {"one": 10, "two": 2, "all models": 12}
     assert totals.loc["all models", "largest"] == pytest.approx(2, abs=1e-6)

@@ -58,7 +58,7 @@ def cases(tune, targets) -> pd.DataFrame:
 
 def test_planned_runs_have_a_best_rate_between_measured_ones(tune, targets) -> None:
     assert {(run.rank, run.steps) for run in targets} == {(8, 64), (8, 256), (128, 64), (128, 256)}
-    assert {run.steps: curve.rates[tune.lowest_rate(curve)] for run, curve in targets.items()} == pytest.approx(BEST)
+    assert {run.steps: curve.rates[curve.lowest] for run, curve in targets.items()} == pytest.approx(BEST)
     rising = [run for run in known_runs() if run.rate <= 4e-4]
     assert tune.planned_targets(known_curves(rising)) == {}
 

@@ -30,7 +30,7 @@ RangedRateFactor = Callable[[int, float, int, float], RateRange]
 """Factor of the best rate with its range, from the arguments of `RateFactor`."""
 
 
-def carrying(factor: RateFactor) -> RatePolicy:
+def rate_policy(factor: RateFactor) -> RatePolicy:
     """Return the policy that multiplies the tuned rate by a factor."""
     return lambda old, new, rate: rate * factor(old.rank, old.gain, new.rank, new.gain)
 
@@ -173,7 +173,7 @@ def measured_policies(
     def displacement_rate(old: Run, new: Run, rate: float) -> float:
         # A number of steps without a constant uses that of the nearest one.
         steps = min(constants, key=lambda steps: abs(math.log(steps / _steps(old))))
-        return carrying(displacement_law(constants[steps]))(old, new, rate)
+        return rate_policy(displacement_law(constants[steps]))(old, new, rate)
 
     # The displacement law, with the random walk's exponent in the steps.
     def displacement_and_steps_rate(old: Run, new: Run, rate: float) -> float:
@@ -186,7 +186,7 @@ def measured_policies(
         return rate * constant_gradient.rate_factor(new.gain / old.gain, rate * _steps(old) / crossing_distance)
 
     powers = ("keep the rate", "first step", "square root", "G^-0.75")
-    by_name = {name: carrying(POLICIES[name]) for name in powers}
+    by_name = {name: rate_policy(POLICIES[name]) for name in powers}
     if constants:
         by_name |= {"displacement": displacement_rate, "displacement and steps": displacement_and_steps_rate}
     # The rate that `rora_theory.transfer` returns does not depend on a schedule that both runs share.

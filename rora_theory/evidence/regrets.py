@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from rora_theory.advice.best_rate import Run
-from rora_theory.evidence.policies import ORIGINS, RateFactor, RatePolicy, carrying
+from rora_theory.evidence.policies import ORIGINS, RateFactor, RatePolicy, rate_policy
 from rora_theory.evidence.sweeps import Sweep
 from rora_theory.runs import frames
 from rora_theory.stats.estimate import jackknife
@@ -56,15 +56,15 @@ def lands_on_diverged(curve: Curve, learning_rate: float) -> bool:
     return not np.isfinite(curve.losses[:, nearest]).all()
 
 
-class CarriedRate(NamedTuple):
-    """A tuned rate that a policy carries to another run.
+class PolicyRegret(NamedTuple):
+    """Regret of a policy between two measured runs.
 
     Attributes:
       old: Run for which the rate was tuned.
-      new: Run to which it is carried.
+      new: Run in which the policy's rate is used.
       policy: Name of the policy.
       target: Curve of the new run on which the regret is measured.
-      cost: Regret of the carried rate.
+      cost: Regret of the policy's rate.
       is_repeated: Whether an earlier policy gives the same rate, as all powers of G do at one G.
     """
 
@@ -76,13 +76,13 @@ class CarriedRate(NamedTuple):
     is_repeated: bool
 
 
-def carry_between(
+def regrets_between(
     curves: Mapping[Run, Curve],
     policies: Mapping[str, RatePolicy],
     *,
     target_at: Callable[[Run, float], Curve] | None = None,
     is_pair: Callable[[Run, Run], bool] = lambda old, new: True,
-) -> Iterator[CarriedRate]:
+) -> Iterator[PolicyRegret]:
     """Compute the regret of every policy between all pairs of measured runs.
 
     Args:
@@ -102,7 +102,7 @@ def carry_between(
             if rate not in judged:
                 target = target_at(new, rate) if target_at else curves[new]
                 judged[rate] = target, regret(curves[old], target, partial(policy, old, new))
-            yield CarriedRate(old, new, name, *judged[rate], is_repeated)
+            yield PolicyRegret(old, new, name, *judged[rate], is_repeated)
 
 
 def regret_table(sweeps: Sequence[Sweep], policies: Callable[[Sweep], Mapping[str, RateFactor]]) -> "pd.DataFrame":
@@ -121,15 +121,15 @@ def regret_table(sweeps: Sequence[Sweep], policies: Callable[[Sweep], Mapping[st
     """
     rows: Rows = []
     for sweep in sweeps:
-        by_name = {name: carrying(factor) for name, factor in policies(sweep).items()}
+        by_name = {name: rate_policy(factor) for name, factor in policies(sweep).items()}
         fits = {Run(fit.curve.rank, fit.curve.gain, sweep.steps): fit for fit in sweep.fits}
-        for carried in carry_between({run: fit.curve for run, fit in fits.items()}, by_name):
-            old, new, cost = carried.old, carried.new, carried.cost
-            is_lost = lands_on_diverged(carried.target, cost.learning_rate)
+        for pair in regrets_between({run: fit.curve for run, fit in fits.items()}, by_name):
+            old, new, cost = pair.old, pair.new, pair.cost
+            is_lost = lands_on_diverged(pair.target, cost.learning_rate)
             rows.append(
                 {"source": sweep.source, "model": sweep.model, "steps": sweep.steps}
                 | {"old_rank": old.rank, "old_gain": old.gain, "rank": new.rank, "gain": new.gain}
-                | {"policy": carried.policy, "factor": by_name[carried.policy](old, new, 1.0)}
+                | {"policy": pair.policy, "factor": by_name[pair.policy](old, new, 1.0)}
                 | {"tuned_rate": fits[old].best_rate}
                 | cost.row()
                 | ({"regret": math.inf, "is_lower_bound": False} if is_lost else {})

@@ -6,7 +6,7 @@ import pandas as pd
 
 from rora_theory.advice.best_rate import Run
 from rora_theory.evidence.policies import RatePolicy
-from rora_theory.evidence.regrets import carry_between, statistics_of
+from rora_theory.evidence.regrets import regrets_between, statistics_of
 from rora_theory.lab.sweep.curves import curves_at
 from rora_theory.lab.sweep.runs import SweepRun
 from rora_theory.runs import frames
@@ -54,17 +54,17 @@ def regret_table(
     """
     measured = _MeasuredCurves(runs, tokens, curves, draws)
     rows = []
-    for carried in carry_between(measured.curves, by_name, target_at=measured.curve_at, is_pair=_is_measured_pair):
+    for pair in regrets_between(measured.curves, by_name, target_at=measured.curve_at, is_pair=_is_measured_pair):
         # Policies that agree by construction, such as all laws at an unchanged G, have one row: the first's.
-        if carried.is_repeated:
+        if pair.is_repeated:
             continue
-        old, new, tuned, target = carried.old, carried.new, measured.curves[carried.old], carried.target
+        old, new, tuned, target = pair.old, pair.new, measured.curves[pair.old], pair.target
         changed = [name for name in ("rank", "gain", "steps") if getattr(old, name) != getattr(new, name)]
         rows.append(
             {"old_rank": old.rank, "old_gain": old.gain, "old_steps": old.steps}
             | {"rank": new.rank, "gain": new.gain, "steps": new.steps}
-            | {"changed": " ".join(changed), "policy": carried.policy, "tuned_rate": tuned.best_rate}
-            | carried.cost.row()
+            | {"changed": " ".join(changed), "policy": pair.policy, "tuned_rate": tuned.best_rate}
+            | pair.cost.row()
             | {"seeds": len(target.losses), "is_edge": bool(tuned.edge or target.edge)}
         )
     return frames.from_rows(rows, REGRET_COLUMNS) if rows else pd.DataFrame()
