@@ -6,8 +6,7 @@ This side is measured in float32 on 1, 2 and 4 host devices that share the weigh
 bits; the peer in float32, bfloat16 and bitsandbytes' int8 and nf4 (if that is installed). Each measurement runs in a
 process of its own, and the results are written after every round. The peak of a step is the size of its arrays before
 it plus the growth of the process's resident memory in it, divided by the number of devices. Memory of Python, of the
-libraries and of loading a model is therefore left out on both sides. This side has random weights, the peer the model's
-own. Only Linux reports the peak.
+libraries and of loading a model is therefore left out on both sides. Only Linux reports the peak.
 """
 
 import ctypes
@@ -34,7 +33,7 @@ PEER_BASES = ("float32", "bfloat16", "int8", "nf4")
 @dataclass(frozen=True)
 class MemoryOptions:
     model: str = "smollm2-135m"
-    """Model to train; this package's side uses its shapes only"""
+    """Model to train"""
     rounds: Count = 3
     """Number of processes of each measurement, whose median is reported"""
     rows: Count = 4
@@ -66,19 +65,20 @@ def measure_ours(spec: dict[str, Any]) -> dict[str, Any]:
     from rora_theory.lab.finetune import Batch, FinetuneConfig
     from rora_theory.lab.finetune import step as steps
     from rora_theory.lab.finetune.memory import StepMemory
-    from rora_theory.lab.finetune.sharding import Layout
-    from rora_theory.lab.llama import abstract_params, init_params
-    from rora_theory.lab.llama.shapes import SHAPES
+    from rora_theory.lab.finetune.sharding import layout_over_all_devices
+    from rora_theory.lab.llama import load, locate, model_config
 
     dense = spec["base"] in ("float32", "bfloat16")
     base_type = {"dtype": spec["base"]} if dense else {"dtype": "float32", "quantization": spec["base"]}
     run = FinetuneConfig(rule="lora", rank=spec["rank"], alpha=16.0, dropout=0.0, batch_size=spec["rows"], **base_type)
-    model, dtype = SHAPES[spec["model"]], jnp.dtype(run.dtype)
-    layout = None if spec["devices"] == 1 else Layout.over(jax.devices(), split_weights=True)
-    shardings = None if layout is None else layout.shardings(abstract_params(model, dtype, run.quantization))
-    # Random weights, training state and batch, on their devices.
-    draw = jax.jit(init_params, static_argnums=(1, 2, 3), out_shardings=shardings)
-    base = draw(jax.random.key(0), model, dtype, run.quantization)
+    # Weights, training state and batch, on their devices.
+    origin = locate(spec["folder"])
+    model = model_config(origin)
+    layout, shardings = layout_over_all_devices(model, run, split_weights=True)
+    loaded = load(origin, run.dtype, shardings=shardings, quantization=run.quantization)
+    # Loaded weights may be views of the file, which the first step would read: copy them into memory before it.
+    base = jax.block_until_ready(jax.tree.map(jnp.copy, loaded.params))
+    del loaded
     adapter = run.adapter().build(jax.random.key(1), model, base)
     state: Any = steps.init_state(adapter, steps.finetune_optimizer(run, 1), jax.random.key(2))
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (spec["rows"], spec["seq"] + 1)).astype(np.int32)
@@ -91,6 +91,7 @@ def measure_ours(spec: dict[str, Any]) -> dict[str, Any]:
     compiled = step.lower(state, base, batch).compile()
     program = StepMemory.from_compiled(compiled)
     del adapter
+    return_freed_memory()
     arrays = jax.tree.leaves((base, state._replace(key=None)))
     jax.block_until_ready(arrays)
     reset_peak_memory()
@@ -142,8 +143,7 @@ def measure_peer(spec: dict[str, Any]) -> dict[str, Any]:
             weight.data = weight.data.clone()
     held = sum(array.numel() * array.element_size() for array in [*model.parameters(), *model.buffers()])
     held += sum(scales.numel() * scales.element_size() for scales in _scales(model))
-    # glibc keeps the memory that loading has freed: give it back, so that the step's use of it counts as growth.
-    ctypes.CDLL(None).malloc_trim(0)
+    return_freed_memory()
     reset_peak_memory()
     before = process_memory("VmRSS")
     out = model(input_ids=tokens, labels=tokens)
@@ -158,6 +158,11 @@ def process_memory(field: str) -> int:
     """Return a memory field of Linux's status of this process, such as ``VmRSS``, in bytes."""
     with open("/proc/self/status") as file:
         return next(1024 * int(line.split()[1]) for line in file if line.startswith(f"{field}:"))
+
+
+def return_freed_memory() -> None:
+    """Return the memory that glibc keeps after loading has freed it, so that the step's use of it counts as growth."""
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def reset_peak_memory() -> None:

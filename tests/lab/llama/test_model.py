@@ -10,6 +10,7 @@ import make_llama
 import numpy as np
 import pytest
 from support import numpy_llama
+from support.shapes import SHAPES
 
 from rora_theory.errors import InputError
 from rora_theory.lab import adapters
@@ -29,7 +30,6 @@ from rora_theory.lab.llama import (
 )
 from rora_theory.lab.llama.attention import attend, attend_segments, causal_mask, choose_route
 from rora_theory.lab.llama.model import NoAdapter, rms_norm
-from rora_theory.lab.llama.shapes import SHAPES
 
 GOLDEN_CONFIGS = json.loads((make_llama.HERE / "llama.json").read_text())["configs"]
 run = jax.jit(forward, static_argnames="config")

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.shapes import SHAPES
 
 from rora_theory.errors import InputError
 from rora_theory.lab import llama
 from rora_theory.lab.llama import MODULES, LlamaConfig, count_parameters, hidden_states, linear, pruning
 from rora_theory.lab.llama.pruning import KeptParts, PrunedShape, Scores
-from rora_theory.lab.llama.shapes import SHAPES
 
 forward = jax.jit(llama.forward, static_argnames="config")
 CONFIG = LlamaConfig(50, 24, 40, 4, 6, 3, 4, attention_bias=True, mlp_bias=True)

@@ -4,12 +4,12 @@ import functools
 
 import jax
 import pytest
+from support.shapes import SHAPES
 
 from rora_theory.lab import adapters
 from rora_theory.lab.finetune import FinetuneConfig
 from rora_theory.lab.llama import abstract_params
 from rora_theory.lab.llama.model import count_parameters
-from rora_theory.lab.llama.shapes import SHAPES
 
 
 @pytest.mark.parametrize(

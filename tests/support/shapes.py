@@ -1,4 +1,4 @@
-"""Shapes of published models, which need no weights."""
+"""Configurations of published models, by short name: random weights and counts of parameters need no more."""
 
 from rora_theory.lab.llama.config import LlamaConfig
 
@@ -63,4 +63,3 @@ SHAPES = {
         rope_local_base_freq=1e4,
     ),
 }
-"""Configurations of published models by short name, for random weights and counts of parameters."""
