@@ -50,6 +50,7 @@ import pandas as pd
 from sweep_folders import exponent_in_steps, mean_best_rates
 
 from rora_theory.advice.constants import CONSTANTS, SCHEDULE_FACTORS
+from rora_theory.evidence.policies import POWERS_OF_GAIN
 from rora_theory.laws.displacement import best_rate_factor
 from rora_theory.optimizers import Schedule
 from rora_theory.runs import frames
@@ -377,8 +378,8 @@ def predict(args: argparse.Namespace) -> None:
                 K = CONSTANTS["displacement_constant"].value
                 by_advice = best_rate_factor(REFERENCE_GAIN, setting.gain, displacement_constant=K)
                 rows.append(prediction(*place, "displacement law, K of the advice", [by_advice]))
-            for law, exponent in (("G^-0.75", 0.75), ("square root", 0.5), ("first step", 1.0)):
-                rows.append(prediction(*place, law, [(REFERENCE_GAIN / setting.gain) ** exponent]))
+            for law in ("G^-0.75", "square root", "first step"):
+                rows.append(prediction(*place, law, [(setting.gain / REFERENCE_GAIN) ** POWERS_OF_GAIN[law]]))
         if setting.rank != REFERENCE_RANK:
             ratio = setting.rank / REFERENCE_RANK
             change = "rank" if setting.gain == REFERENCE_GAIN else "rank at one G"

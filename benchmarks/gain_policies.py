@@ -50,7 +50,7 @@ from sweep_folders import curves_after
 
 from rora_theory.advice.best_rate import Run
 from rora_theory.advice.constants import CONSTANTS
-from rora_theory.evidence.policies import RateFactor, displacement_law, power_of_gain, with_rank
+from rora_theory.evidence.policies import POWERS_OF_GAIN, RateFactor, displacement_law, power_of_gain, with_rank
 from rora_theory.evidence.sweeps import load_sweeps
 from rora_theory.runs import frames
 
@@ -63,9 +63,6 @@ SMALLEST_CHANGE = 1.2
 POWERS = np.arange(0.4, 1.01, 0.025)
 CONSTANTS_K = np.geomspace(5, 500, 41)
 """Powers and displacement constants among which the best is chosen."""
-
-WITHOUT_CONSTANT = {"keep the rate": 0.0, "square root": 0.5, "G^-0.75": 0.75, "first step": 1.0}
-"""Powers that were not fitted, by name."""
 
 FITTED_SEEDS: Mapping[str, tuple[int, ...]] = {"smollm2": (0, 1, 2), "gemma": (0,)}
 """Seeds in ``gain_seeds`` that existed when the constants were fitted; later ones are tests."""
@@ -175,7 +172,9 @@ def judged(pairs: Pairs, own: pd.DataFrame) -> pd.DataFrame:
     """Return the regret of every law on every set of runs, with the mean constant of the other models."""
 
     def laws_of(model: str) -> dict[str, tuple[Law, float]]:
-        laws = {name: (power(exponent), exponent) for name, exponent in WITHOUT_CONSTANT.items()}
+        # Powers that were not fitted, from the weakest.
+        exponents = sorted((abs(exponent), name) for name, exponent in POWERS_OF_GAIN.items())
+        laws = {name: (power(exponent), exponent) for exponent, name in exponents}
         for law, family in FAMILIES.items():
             constant = MEANS[law](own[(own["law"] == law) & (own["model"] != model)]["constant"])
             laws[law] = family.law(constant), constant

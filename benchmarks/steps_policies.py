@@ -42,6 +42,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from gain_laws import STEPS_POLICIES
 from law_regrets import (
     PUBLISHED,
     Family,
@@ -68,9 +69,6 @@ MIN_STEPS = 64
 
 POWERS = np.arange(-40, 1) / 40
 """Powers of the number of steps among which the best is chosen."""
-
-WITHOUT_FIT = {"keep the rate": 0.0, "T^-0.25": -0.25, "square root": -0.5}
-"""Powers that were not fitted, by name."""
 
 WAYS = ("lowest regret", "mean of best", "mean exponent")
 """Ways of choosing the power from several models."""
@@ -206,7 +204,7 @@ def judged(pairs: Pairs, scanned: pd.DataFrame, own: pd.DataFrame) -> pd.DataFra
 
     def laws_of(model: str) -> dict[str, tuple[Law, float]]:
         others = ways(scanned[scanned["model"] != model], own[own["model"] != model])
-        return {policy: (power_of_steps(power), power) for policy, power in (WITHOUT_FIT | others).items()}
+        return {policy: (power_of_steps(power), power) for policy, power in (STEPS_POLICIES | others).items()}
 
     table = with_totals(judge(pairs, laws_of))
     return table.rename(columns={"law": "policy", "constant": "power"}).drop(columns="median")

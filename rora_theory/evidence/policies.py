@@ -100,11 +100,11 @@ def advised_range(old_rank: int, old_gain: float, rank: int, gain: float) -> Rat
     return carry_rate(1.0, Run(old_rank, old_gain), Run(rank, gain))
 
 
+POWERS_OF_GAIN: Mapping[str, float] = {"keep the rate": 0.0, "first step": -1.0, "square root": -0.5, "G^-0.75": -0.75}
+"""Powers of G of the policies that are one, by name."""
+
 POLICIES: Mapping[str, RateFactor] = {
-    "keep the rate": power_of_gain(0.0),
-    "first step": power_of_gain(-1.0),
-    "square root": power_of_gain(-0.5),
-    "G^-0.75": power_of_gain(-0.75),
+    **{name: power_of_gain(power) for name, power in POWERS_OF_GAIN.items()},
     "step with cross-talk": first_step_with_cross_talk(),
     "displacement law": displacement_law(),
     "law with cross-talk": with_crossing_rank(displacement_law()),
@@ -185,8 +185,7 @@ def measured_policies(
         assert crossing_distance is not None
         return rate * constant_gradient.rate_factor(new.gain / old.gain, rate * _steps(old) / crossing_distance)
 
-    powers = ("keep the rate", "first step", "square root", "G^-0.75")
-    by_name = {name: rate_policy(POLICIES[name]) for name in powers}
+    by_name = {name: rate_policy(POLICIES[name]) for name in POWERS_OF_GAIN}
     if constants:
         by_name |= {"displacement": displacement_rate, "displacement and steps": displacement_and_steps_rate}
     # The rate that `rora_theory.transfer` returns does not depend on a schedule that both runs share.
