@@ -15,6 +15,11 @@ class FailedError(Exception):
     """Work that failed although the input was valid. Command lines print its one line and exit with status 1."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an exception of Python, NumPy, JAX or PyTorch says that memory ran out."""
+    return isinstance(error, MemoryError) or any(mark in str(error)[:200] for mark in _OUT_OF_MEMORY)
+
+
 def shown(value: object) -> str:
     """Return the representation of a value for a message: on one line, shortened if it is long or deeply nested."""
     try:
@@ -42,5 +47,7 @@ def reason_of(error: BaseException, where: object = "") -> str:
     return str(error).removeprefix(f"{where}: ").partition(". ")[0].rstrip(".")
 
 
+# JAX's status, and PyTorch's messages for a GPU and a CPU.
+_OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "can't allocate memory")
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80

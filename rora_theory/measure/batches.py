@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
-from rora_theory.errors import InputError, first_line, shown
+from rora_theory.errors import InputError, first_line, is_out_of_memory, shown
 from rora_theory.measure.modules import base_model, task_type, unwrap
 from rora_theory.measure.tokens import PADDING_ID, mark_repeats
 from rora_theory.scaling import check_instance
@@ -81,9 +81,9 @@ def naming_failure(work: str) -> Iterator[None]:
     """Raise an `InputError` of one line for an error of a model's own code, such as a batch that it does not accept."""
     try:
         yield
-    except (InputError, MemoryError):
-        raise
     except Exception as error:
+        if isinstance(error, InputError) or is_out_of_memory(error):
+            raise
         reason = first_line(error).rstrip(".")
         raise InputError(
             f"{work} failed with {type(error).__name__}: {reason}. Check that the model trains on this batch."

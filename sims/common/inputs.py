@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rora_theory.errors import InputError, first_line
+from rora_theory.errors import InputError, first_line, is_out_of_memory
 from rora_theory.lab import llama
 from rora_theory.lab.data import records as training_records
 from rora_theory.lab.data.batches import Examples, tokenize
@@ -182,9 +182,9 @@ def _library_errors(path: Path) -> Iterator[None]:
         # The bars of the library for each tensor would come between the lines of the command.
         with redirect_stderr(io.StringIO()):
             yield
-    except MemoryError:
-        raise
     except Exception as error:  # each family checks its configuration in its own way
+        if is_out_of_memory(error):
+            raise
         raise InputError(f"{path}: transformers cannot load the model: {first_line(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
@@ -204,6 +204,8 @@ def merge_adapter(model: Any, folder: Path) -> Any:
             warnings.simplefilter("ignore", FutureWarning)
             return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     except (OSError, ValueError, RuntimeError, KeyError) as error:
+        if is_out_of_memory(error):
+            raise
         raise InputError(f"{folder}: PEFT cannot load the adapter: {first_line(error)}") from error
 
 

@@ -149,6 +149,14 @@ def test_a_configuration_that_transformers_refuses_is_one_line(entries, message,
     assert message in refusal
 
 
+def test_lack_of_memory_is_reported_as_such(run, monkeypatch) -> None:
+    def load(*_, **__):
+        torch_models.torch.empty(1 << 55)
+
+    monkeypatch.setattr(torch_models.transformers.AutoModelForCausalLM, "from_pretrained", load)
+    assert commands.refusal(run("regime")).startswith("error: out of memory (")
+
+
 @pytest.mark.parametrize(
     ("name", "words"), [("finetune", "--data TRAIN --rank 2"), ("evaluate", "--data-dir DATA --tasks piqa")]
 )

@@ -295,6 +295,17 @@ def test_an_error_of_the_backward_pass_is_one_line() -> None:
             measure(loss=loss)
 
 
+def test_lack_of_memory_is_not_blamed_on_the_batch() -> None:
+    """PyTorch's own error for an array that no machine holds."""
+
+    def loss(*_):
+        return torch.empty(1 << 55).sum()
+
+    for measure in measurements("llama", torch_models.model()):
+        with pytest.raises(RuntimeError, match="can't allocate memory"):
+            measure(loss=loss)
+
+
 @pytest.fixture
 def one_process(tmp_path):
     """Run in a process group of one, which FSDP needs."""
