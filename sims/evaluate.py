@@ -66,7 +66,7 @@ class EvaluateOptions:
     def __post_init__(self) -> None:
         check_ranges(self)
         if self.adapter is not None and not self.adapter.is_dir():
-            raise InputError(f"--adapter must be the folder of an adapter in PEFT's format, got {self.adapter}")
+            raise InputError(f"adapter must be the folder of an adapter in PEFT's format, got {self.adapter}")
         self.scoring()
         if self.protocol != "generate":
             check_unread(self, "num_beams", "max_new_tokens", conflicts_with=f"--protocol {self.protocol}")

@@ -51,7 +51,7 @@ class EvidenceOptions:
 
     def __post_init__(self) -> None:
         if self.add is not None and self.originals is not None:
-            raise InputError(f"--originals {self.originals} has no effect with --add")
+            raise InputError(f"originals {self.originals} has no effect with --add")
 
 
 def report_evidence(config: EvidenceOptions) -> None:

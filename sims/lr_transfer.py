@@ -64,7 +64,7 @@ class RateGrid(ControlledGrid):
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.models) > 1:
-            raise InputError(f"--models must be a single one, got {' '.join(self.models)}")
+            raise InputError(f"models must be a single one, got {' '.join(self.models)}")
         for option in ("adam_lrs", "sgd_lrs"):
             check_list(option, getattr(self, option), check_positive, fewest=3)
 

@@ -37,7 +37,7 @@ def rewrite_adapter(config: PortableOptions) -> None:
     from rora_theory.lab import adapters
 
     if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
-        raise InputError(f"--out must be a new or empty folder, got {config.out}")
+        raise InputError(f"out must be a new or empty folder, got {config.out}")
     # With a model, merge the adapter into its weights.
     if config.model is not None:
         from rora_theory.lab import llama
@@ -49,7 +49,7 @@ def rewrite_adapter(config: PortableOptions) -> None:
         return
     # Without one, rewrite the adapter's own files.
     if config.revision is not None:
-        raise InputError("--revision has no effect without --model. Set both, or neither.")
+        raise InputError("revision has no effect without --model. Set both, or neither.")
     adapters.rewrite_portable(config.adapter, config.out)
     answers.print_answer(
         "The adapter was rewritten with one rank, one alpha, no use_rslora and the same scaling for every client."

@@ -44,7 +44,7 @@ class PretrainOptions:
 
     def __post_init__(self) -> None:
         if not self.data:
-            raise InputError("--data must be one or more files of text, got none")
+            raise InputError("data must be one or more files of text, got none")
 
 
 def pretrain_model(config: PretrainOptions) -> None:

@@ -58,7 +58,7 @@ class PruneOptions:
 
     def __post_init__(self) -> None:
         if not self.text:
-            raise InputError("--text must be one or more .txt files or files of training records, got none")
+            raise InputError("text must be one or more .txt files or files of training records, got none")
         check_ranges(self)
         check_seed("seed", self.seed)
 
@@ -82,7 +82,7 @@ def prune_checkpoint(config: PruneOptions) -> None:
     shape = pruning.plan_shape(model.config, config.share)
     longest = model.config.max_position_embeddings
     if config.seq > longest:
-        raise InputError(f"--seq must be at most {longest}, the model's max_position_embeddings, got {config.seq}")
+        raise InputError(f"seq must be at most {longest}, the model's max_position_embeddings, got {config.seq}")
     sizes = {"seq": config.seq, "windows": config.windows, "held_out": config.held_out}
     windows, held_out = text_windows.sample_windows(texts, model.tokenizer, **sizes, seed=config.seed)
     extra = {"units": pruning.UNITS}

@@ -86,7 +86,7 @@ class RegimeOptions:
         if self.layers is not None:
             check_list("layers", self.layers, partial(check_integer, minimum=0))
         if self.adapter is not None and not self.adapter.is_dir():
-            raise InputError(f"--adapter must be the folder of an adapter in PEFT's format, got {self.adapter}")
+            raise InputError(f"adapter must be the folder of an adapter in PEFT's format, got {self.adapter}")
 
 
 @dataclass(frozen=True)

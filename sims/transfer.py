@@ -62,9 +62,9 @@ class TransferOptions(TransferConfig):
 
     def __post_init__(self) -> None:
         if len(self.check) == 1:
-            raise InputError(f"--check must be a model and one or more data files, got {self.check[0]}")
+            raise InputError(f"check must be a model and one or more data files, got {self.check[0]}")
         if self.write is not None and self.from_ is None:
-            raise InputError(f"--write {self.write} requires --from with the file to change")
+            raise InputError(f"write {self.write} requires --from with the file to change")
         check_ranges(self)
         check_list("seeds", self.seeds, check_seed, fewest=2)
         check_seed("seed", self.seed)

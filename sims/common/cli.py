@@ -19,7 +19,7 @@ import tyro
 from tyro.conf import arg
 
 from rora_theory import extras
-from rora_theory.errors import FailedError, InputError, shown
+from rora_theory.errors import FailedError, InputError, first_line, is_out_of_memory, shown
 from rora_theory.runs import cluster, files, folder
 from sims.common import answers, tables
 
@@ -153,16 +153,23 @@ def command(config: type[Options], work: Callable[[Options], object], descriptio
 
 
 def with_options(error: InputError, config: type) -> InputError:
-    """Write the names of arguments in an error as options: at its beginning, after a verb, or of several words."""
+    """Write the names of arguments in an error as options: at its beginning, after a verb, or of several words.
+
+    Of "axes must be one of batch_size, got 'foo'", only the beginning is about options: the rest are values.
+    """
     names = set(_field_names(config))
 
     def as_option(match: re.Match[str]) -> str:
         name = match[0]
-        is_alone = match.start() == 0 or match.string[: match.start()].endswith(("without ", "Add ", "emove "))
+        before = match.string[: match.start()]
+        is_alone = not before or before.endswith(("without ", "within ", "Add ", "Raise ", "emove "))
         is_argument = name in names and ("_" in name or is_alone)
         return f"--{name.strip('_').replace('_', '-')}" if is_argument else name
 
-    error.args = (re.sub(r"(?<![\w./'\"-])[a-zA-Z_]+(?![\w./'\":(-])", as_option, str(error)), *error.args[1:])
+    sentence, *choices = re.split(r"(?<= must be one of )", str(error), maxsplit=1)
+    # Words that are no part of a path, a quoted value, a call or a longer name.
+    word = r"(?<![\w./'\"-])[a-zA-Z_]+(?![\w/'\":(-]|\.\w)"
+    error.args = ("".join([re.sub(word, as_option, sentence), *choices]), *error.args[1:])
     return error
 
 
@@ -240,8 +247,8 @@ def describe_failure(error: Exception) -> str | None:
     if isinstance(error, OSError):
         advice = "" if error.errno == errno.ENOSPC else " Pass a file or folder that can be used."
         return f"{error.filename or 'file'}: {error.strerror or error}.{advice}"
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)[:100]:  # the status in JAX's message
-        return f"out of memory ({error}). Use smaller sizes, or fewer at once."
+    if is_out_of_memory(error):
+        return f"out of memory ({first_line(error)}). Use smaller sizes, or fewer at once."
     return extras.missing_message(error)  # a package of an optional extra is missing
 
 

@@ -65,7 +65,7 @@ def make_batch_pair(config: PairConfig, inputs: ModelInputs, *, seed: int = 0) -
     records, required = inputs.records.records, config.batch_size + config.held_out
     if len(records) < required:
         raise InputError(
-            f"data must hold at least {required} records (--batch-size and --held-out), got {len(records)} records"
+            f"data must hold at least {required} records (batch_size and held_out), got {len(records)} records"
         )
     # No record is in both batches.
     train_records, held_out = split_records(records, config.held_out, seed)
@@ -76,8 +76,8 @@ def make_batch_pair(config: PairConfig, inputs: ModelInputs, *, seed: int = 0) -
         # A record without a target would silently make the batch smaller, so it is an error.
         if len(examples) < len(batch_records):
             raise InputError(
-                f"only {len(examples)} of {len(batch_records)} records of a batch have a target within --cutoff "
-                f"{config.cutoff}. Raise --cutoff, or use --loss-on all."
+                f"only {len(examples)} of {len(batch_records)} records of a batch have a target within cutoff "
+                f"{config.cutoff}. Raise cutoff, or set loss_on to all."
             )
         return examples
 
@@ -160,11 +160,11 @@ def make_seed_batches(
     count, size = (steps if config.batches == "fresh" else 1), config.batch_size
     if len(train) < count * size:
         raise InputError(
-            f"data must leave at least {count * size} records to train on ({count} batches of --batch-size {size}), "
+            f"data must leave at least {count * size} records to train on ({count} batches of batch_size {size}), "
             f"got {len(train)}"
         )
     if len(held_out) < size:
-        raise InputError(f"data must have at least --batch-size {size} held-out records, got {len(held_out)}")
+        raise InputError(f"data must have at least batch_size {size} held-out records, got {len(held_out)}")
     seed_batches = {}
     for seed in seeds:
         order = np.random.default_rng(seed).permutation(len(train))

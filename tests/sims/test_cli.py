@@ -186,6 +186,10 @@ def test_library_messages_are_printed_once_with_other_log_handlers(capsys: pytes
         (FileNotFoundError(2, "No such file", "a.json"), "error: a.json: No such file. "),
         (MemoryError("Unable to allocate 8 TiB"), "error: out of memory (Unable to allocate 8 TiB). "),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), "error: out of memory (RESOURCE_EXHAUSTED: Out of memory)"),
+        (
+            RuntimeError("CUDA out of memory.\nmore"),
+            "error: out of memory (CUDA out of memory.)",
+        ),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -194,6 +198,24 @@ def test_failures_are_one_line(error: BaseException, line: str) -> None:
         raise error
 
     assert commands.refusal(commands.run_command(lambda _: cli.run_command(work))).startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("message", "printed"),
+    [
+        ("axes must be one of batch_size, warmup, got 'foo'", "--axes must be one of batch_size, warmup, got 'foo'"),
+        ("steps are too many. Lower batch_size.", "--steps are too many. Lower --batch-size."),
+        ("model/batch_size.json has no axes", "model/batch_size.json has no axes"),
+    ],
+)
+def test_arguments_are_named_as_options_and_values_are_not(message: str, printed: str) -> None:
+    @dataclass(frozen=True)
+    class Config:
+        batch_size: int = 1
+        steps: int = 1
+        axes: str = ""
+
+    assert str(cli.with_options(InputError(message), Config)) == printed
 
 
 @pytest.mark.parametrize("words", ["print('x' * 10**6)", "print('x')"])

@@ -6,6 +6,7 @@ from statistics import fmean, median
 from typing import Any
 
 from rora_theory.lab.finetune.config import FinetuneConfig
+from rora_theory.optimizers import schedule_factor
 
 LAST_STEPS = 10
 """Number of final steps over which the final training loss is averaged, to reduce the noise of single batches."""
@@ -73,7 +74,7 @@ def describe_learning_rate(config: FinetuneConfig, steps: int) -> str:
     """Return a phrase that describes the learning rate of `step.schedule` over all steps of a run."""
     peak, warmup = config.peak_learning_rate, config.warmup
     if 0 < steps <= warmup:
-        last = peak * (steps - 1) / warmup
+        last = float(peak * schedule_factor(config.schedule, steps - 1, steps=steps, warmup=warmup))
         return f"from 0 to {last:g} at the last step, within a warm-up of {warmup} steps to {peak:g}"
     shapes = {"constant": "constant", "linear": "linear decay", "cosine": "cosine decay"}
     shape = shapes[config.schedule] + ("" if config.schedule == "constant" else " to 0 after the last step")
