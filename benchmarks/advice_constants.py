@@ -27,7 +27,7 @@ from steps_policies import chosen_way, spread_over_models
 
 from rora_theory.advice.best_rate import QUANTILE
 from rora_theory.evidence.policies import LEFT_OUT, policies_for
-from rora_theory.evidence.regrets import regret_table
+from rora_theory.evidence.regrets import regrets_on_sweeps
 from rora_theory.evidence.sweeps import load_sweeps, read_run_table
 from rora_theory.laws.displacement import best_rate_factor
 from rora_theory.runs import frames
@@ -284,7 +284,7 @@ def evidence_rows() -> pd.DataFrame:
     """
     sweeps = load_sweeps("tinker")
     costs = pd.concat(
-        [regret_table(sweeps, lambda sweep: policies_for(sweep, sweeps)), pd.read_csv(TABLES / "regrets.csv")]
+        [regrets_on_sweeps(sweeps, lambda sweep: policies_for(sweep, sweeps)), pd.read_csv(TABLES / "regrets.csv")]
     )
     costs = costs[(costs["old_place"] == "inside") & (costs["place"] == "inside")]
     runs = read_run_table(TABLES.parent / "tinker_sft_sweep.csv")

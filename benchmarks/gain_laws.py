@@ -320,14 +320,14 @@ def regret_rows(
         if tuned is None or target.edge:
             continue
         old_run, new_run = (Run(key.rank, key.gain, steps, batch_size=key.batch_size) for key in (old, new))
-        for policy, factor in distinct_factors(carrying_policies(steps, constant), old_run, new_run).items():
+        for policy, factor in distinct_factors(compared_policies(steps, constant), old_run, new_run).items():
             row = {"seed": seed} | {name: pair[name] for name in ("schedule", "change", "from", "to")}
             cost = regret(tuned, target, partial(mul, factor))
             rows.append(row | {"policy": policy, "tuned_on": tuned_on} | cost.row())
     return pd.DataFrame(rows)
 
 
-def carrying_policies(steps: int, constant: float) -> dict[str, RatePolicy]:
+def compared_policies(steps: int, constant: float) -> dict[str, RatePolicy]:
     """Return the policies of the sweeps, those in G with the power law of the rank, and the root of the batch size."""
     by_name = measured_policies({steps: constant})
     del by_name["displacement and steps"]  # no number of steps changes here

@@ -469,8 +469,8 @@ SWEEP_FAULTS = [
     ),
     Fault(
         "rora_theory/evidence/policies.py",
-        "carry_rate(rate, old, new).best",
-        "carry_rate(rate, Run(old.rank, old.gain), Run(new.rank, new.gain)).best",
+        "transfer_rate(rate, old, new).best",
+        "transfer_rate(rate, Run(old.rank, old.gain), Run(new.rank, new.gain)).best",
         "the policy of the advice ignores the number of steps",
     ),
     Fault(

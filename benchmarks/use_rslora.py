@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 from sweep_folders import best_row, distinct_factors, log2_ratios, mean_regrets, read_curves
 
-from rora_theory.advice.best_rate import Run, carry_rate
+from rora_theory.advice.best_rate import Run, transfer_rate
 from rora_theory.evidence.policies import measured_policies
 from rora_theory.lab.sweep.curves import ESTIMATORS
 from rora_theory.runs import frames
@@ -90,7 +90,7 @@ def exponent_rows(outcomes: pd.DataFrame) -> list[dict[str, object]]:
 
 def stated_range(old: Run, new: Run) -> dict[str, object]:
     """Return the factor of the best rate that `rora_theory.transfer` states, with its 90% range."""
-    change = carry_rate(1.0, old, new)
+    change = transfer_rate(1.0, old, new)
     return {"advice": change.best, "advice_low": change.low, "advice_high": change.high}
 
 

@@ -117,7 +117,7 @@ def best_rate_change(old: Run, new: Run, *, displacement_constant: float | None 
     return LogChange(math.fsum(term.mean for term in terms), spread)
 
 
-def carry_rate(rate: float, old: Run, new: Run, *, displacement_constant: float | None = None) -> RateRange:
+def transfer_rate(rate: float, old: Run, new: Run, *, displacement_constant: float | None = None) -> RateRange:
     """Carry a tuned learning rate to another run.
 
     Args:
@@ -130,7 +130,7 @@ def carry_rate(rate: float, old: Run, new: Run, *, displacement_constant: float 
       The learning rate to use, with a range that is meant to hold the best rate of 90% of models and settings.
 
     Examples:
-      >>> [f"{value:.1g}" for value in carry_rate(2e-4, Run(16, 32.0), Run(128, 32.0))]
+      >>> [f"{value:.1g}" for value in transfer_rate(2e-4, Run(16, 32.0), Run(128, 32.0))]
       ['0.0002', '0.0003', '0.0003']
     """
     change = best_rate_change(old, new, displacement_constant=displacement_constant)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from rora_theory.advice.best_rate import RateRange, Run, carry_rate
+from rora_theory.advice.best_rate import RateRange, Run, transfer_rate
 from rora_theory.advice.constants import SCHEDULE_FACTORS
 from rora_theory.advice.setting import Setting
 from rora_theory.errors import InputError, shown
@@ -76,7 +76,7 @@ class RunChange:
             schedule is not None and schedule not in SCHEDULE_FACTORS for schedule in (self.schedule, self.to_schedule)
         )
 
-    def carry(self, old: Setting, new: Setting) -> RateRange:
+    def transfer_rate(self, old: Setting, new: Setting) -> RateRange:
         """Compute the best rate of the new setting in the new run, from that of the old setting in the tuned run.
 
         Args:
@@ -86,7 +86,7 @@ class RunChange:
         Returns:
           The best rate with its range.
         """
-        return carry_rate(
+        return transfer_rate(
             old.learning_rate,
             Run(old.rank, old.gain, self.steps, self.schedule, self.batch_size),
             Run(new.rank, new.gain, self.to_steps, self.to_schedule, self.to_batch_size),

@@ -151,7 +151,7 @@ class TransferredSetting:
                     f"alpha must not be as small as {setting.alpha!r}: the displacement constant over the gain, "
                     f"{setting.gain:g}, is not representable as a float. Use a larger alpha."
                 )
-        return self.run.carry(self.old, new)
+        return self.run.transfer_rate(self.old, new)
 
     @property
     def alpha_limits(self) -> HorizonLimits | None:

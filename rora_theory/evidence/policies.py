@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from rora_theory import laws
-from rora_theory.advice.best_rate import RateRange, Run, carry_rate
+from rora_theory.advice.best_rate import RateRange, Run, transfer_rate
 from rora_theory.advice.constants import CONSTANTS
 from rora_theory.advice.setting import rank_growth
 from rora_theory.evidence.best_rates import estimate_exponent
@@ -97,7 +97,7 @@ def advised(old_rank: int, old_gain: float, rank: int, gain: float) -> float:
 
 def advised_range(old_rank: int, old_gain: float, rank: int, gain: float) -> RateRange:
     """Return the factor of `rora_theory.transfer` with the range that it states."""
-    return carry_rate(1.0, Run(old_rank, old_gain), Run(rank, gain))
+    return transfer_rate(1.0, Run(old_rank, old_gain), Run(rank, gain))
 
 
 POWERS_OF_GAIN: Mapping[str, float] = {"keep the rate": 0.0, "first step": -1.0, "square root": -0.5, "G^-0.75": -0.75}
@@ -189,7 +189,7 @@ def measured_policies(
     if constants:
         by_name |= {"displacement": displacement_rate, "displacement and steps": displacement_and_steps_rate}
     # The rate that `rora_theory.transfer` returns does not depend on a schedule that both runs share.
-    by_name["advice"] = lambda old, new, rate: carry_rate(rate, old, new).best
+    by_name["advice"] = lambda old, new, rate: transfer_rate(rate, old, new).best
     return by_name if crossing_distance is None else by_name | {"constant gradient": constant_gradient_rate}
 
 

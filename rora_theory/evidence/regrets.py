@@ -23,12 +23,12 @@ from rora_theory.stats.regret import Regret, regret
 if TYPE_CHECKING:
     import pandas as pd
 
-REGRET_COLUMNS = (
+SWEEP_REGRET_COLUMNS = (
     "source", "model", "steps", "old_rank", "old_gain", "rank", "gain", "policy", "factor", "tuned_rate",
     "learning_rate", "regret", "standard_error", "half_width", "low", "high", "lowest_loss", "is_lower_bound",
     "is_lost", "old_place", "place",
 )  # fmt: skip
-"""Columns of the table of `regret_table`."""
+"""Columns of the table of `regrets_on_sweeps`."""
 
 SUMMARY_COLUMNS = (
     "source", "pairs_of", "policy", "pairs", "models", "mean", "mean_error", "median", "percentile_90", "largest",
@@ -105,7 +105,7 @@ def regrets_between(
             yield PolicyRegret(old, new, name, *judged[rate], is_repeated)
 
 
-def regret_table(sweeps: Sequence[Sweep], policies: Callable[[Sweep], Mapping[str, RateFactor]]) -> "pd.DataFrame":
+def regrets_on_sweeps(sweeps: Sequence[Sweep], policies: Callable[[Sweep], Mapping[str, RateFactor]]) -> "pd.DataFrame":
     """Compute the regret of every policy between all settings of a model.
 
     Args:
@@ -113,11 +113,11 @@ def regret_table(sweeps: Sequence[Sweep], policies: Callable[[Sweep], Mapping[st
       policies: Function that returns the policies by name for a sweep, so that fitted constants can leave it out.
 
     Returns:
-      A table with the columns `REGRET_COLUMNS` and a row for each ordered pair of a model's settings and each policy.
-      ``gain`` is G = gamma r, ``factor`` the new rate over the tuned one. ``regret``, its ``standard_error`` and
-      ``half_width`` from the noise of repeated runs, ``low`` and ``high`` over the 95% interval of the tuned rate, and
-      ``lowest_loss`` are in nats per token. ``is_lost`` states that the nearest measured rate diverged; the regret is
-      then infinite. ``old_place`` and ``place`` state where the two best rates lie in their grids.
+      A table with the columns `SWEEP_REGRET_COLUMNS` and a row for each ordered pair of a model's settings and each
+      policy. ``gain`` is G = gamma r, ``factor`` the new rate over the tuned one. ``regret``, its ``standard_error``
+      and ``half_width`` from the noise of repeated runs, ``low`` and ``high`` over the 95% interval of the tuned rate,
+      and ``lowest_loss`` are in nats per token. ``is_lost`` states that the nearest measured rate diverged; the regret
+      is then infinite. ``old_place`` and ``place`` state where the two best rates lie in their grids.
     """
     rows: Rows = []
     for sweep in sweeps:
@@ -135,7 +135,7 @@ def regret_table(sweeps: Sequence[Sweep], policies: Callable[[Sweep], Mapping[st
                 | ({"regret": math.inf, "is_lower_bound": False} if is_lost else {})
                 | {"is_lost": is_lost, "old_place": fits[old].place, "place": fits[new].place}
             )
-    return frames.from_rows(rows, REGRET_COLUMNS)
+    return frames.from_rows(rows, SWEEP_REGRET_COLUMNS)
 
 
 def statistics_of(pairs: "pd.DataFrame", policy: str) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def summarise_regrets(costs: "pd.DataFrame") -> "pd.DataFrame":
     """Summarise the regret of every policy over the pairs of each source.
 
     Args:
-      costs: `regret_table`.
+      costs: `regrets_on_sweeps`.
 
     Returns:
       A table with the columns `SUMMARY_COLUMNS`. ``pairs_of`` is a name of `SUBSETS`. Pairs whose best rates both lie

@@ -37,7 +37,7 @@ def sweep_tables(sweeps: Sequence[Sweep], reference: Sequence[Sweep]) -> dict[st
     return {
         "best_rates": best_rates(sweeps),
         "exponents": exponents(sweeps),
-        "regrets": regrets.regret_table(sweeps, lambda sweep: policies_for(sweep, reference)),
+        "regrets": regrets.regrets_on_sweeps(sweeps, lambda sweep: policies_for(sweep, reference)),
         "calibration": calibration_table(sweeps),
     }
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rora_theory.advice.best_rate import QUANTILE, Run, best_rate_change, carry_rate
+from rora_theory.advice.best_rate import QUANTILE, Run, best_rate_change, transfer_rate
 from rora_theory.advice.constants import CONSTANTS, SCHEDULE_FACTORS
 
 OLD = Run(16, 32.0, 256, "constant", 8)
@@ -60,16 +60,16 @@ def test_cosine_decay_takes_a_higher_peak_rate() -> None:
 
 
 def test_the_range_is_central_and_holds_nine_tenths() -> None:
-    rates, change = carry_rate(1e-3, OLD, Run(128, 32.0)), best_rate_change(OLD, Run(128, 32.0))
+    rates, change = transfer_rate(1e-3, OLD, Run(128, 32.0)), best_rate_change(OLD, Run(128, 32.0))
     assert rates.low * rates.high == pytest.approx(rates.best**2)
     assert math.log(rates.high / rates.best) == pytest.approx(QUANTILE * change.spread)
     assert math.erf(QUANTILE / math.sqrt(2)) == pytest.approx(0.9)
 
 
 def test_an_unchanged_run_keeps_the_rate_to_the_last_digit() -> None:
-    assert carry_rate(1e-3, OLD, OLD) == (1e-3, 1e-3, 1e-3)
+    assert transfer_rate(1e-3, OLD, OLD) == (1e-3, 1e-3, 1e-3)
 
 
 @pytest.mark.parametrize("new", [Run(16, 32.0), Run(16, 32.0, 256, "linear", 8)])
 def test_what_is_not_known_or_measured_does_not_move_the_rate(new) -> None:
-    assert carry_rate(1e-3, OLD, new) == (1e-3, 1e-3, 1e-3)
+    assert transfer_rate(1e-3, OLD, new) == (1e-3, 1e-3, 1e-3)

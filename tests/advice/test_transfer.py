@@ -13,7 +13,7 @@ from support.tiny import WIDE
 from rora_theory import InputError, laws, scaling_factor
 from rora_theory.advice import text
 from rora_theory.advice.adapter_config import FILE
-from rora_theory.advice.best_rate import Run, carry_rate
+from rora_theory.advice.best_rate import Run, transfer_rate
 from rora_theory.advice.constants import CONSTANTS, EVIDENCE, GROWTH
 from rora_theory.advice.setting import CROSS_TALK, SIGNAL, Setting, rank_growth, step_ratio
 from rora_theory.advice.trainer_configs import read_trainer_config
@@ -288,7 +288,7 @@ def test_the_rate_is_that_of_the_best_rate_s_law(optimizer, rule, rank, alpha, s
     run = {"steps": steps, "to_steps": to_steps, "batch_size": 8, "to_batch_size": batch_size}
     advice = transfer(old, rank, rule=rule, alpha=alpha, schedule="constant", to_schedule="cosine", **run)
     gain = scaling_factor(rule, alpha=alpha, rank=rank) * rank
-    expected = carry_rate(2e-4, Run(16, 32.0, steps, "constant", 8), Run(rank, gain, to_steps, "cosine", batch_size))
+    expected = transfer_rate(2e-4, Run(16, 32.0, steps, "constant", 8), Run(rank, gain, to_steps, "cosine", batch_size))
     assert advice.rate_range == pytest.approx(expected, rel=1e-9)
     assert advice.learning_rate == advice.rate_range.best
     assert advice.alpha == alpha

@@ -23,7 +23,7 @@ from rora_theory.evidence.policies import (
     power_of_gain,
     with_rank,
 )
-from rora_theory.evidence.regrets import lands_on_diverged, regret_table, summarise_regrets
+from rora_theory.evidence.regrets import lands_on_diverged, regrets_on_sweeps, summarise_regrets
 from rora_theory.evidence.sources import original_path
 from rora_theory.evidence.sweeps import RunRecord, load_sweeps, sweeps_of
 
@@ -72,7 +72,7 @@ def test_the_regret_of_a_known_parabola(sweep_of) -> None:
     """A rate that is a factor f off costs exp(0.02 ln(f)^2) - 1, for every policy and both directions."""
     sweep = sweep_of({(4, 32.0): 2e-4, (64, 32.0): 4e-4}, rates=DENSE)
     policies = {"keep": power_of_gain(0.0), "right": with_rank(power_of_gain(0.0), math.log(2) / math.log(16))}
-    table = regret_table([sweep], lambda _: policies)
+    table = regrets_on_sweeps([sweep], lambda _: policies)
     assert table["regret"].tolist() == pytest.approx([math.exp(0.02 * math.log(2) ** 2) - 1, 0.0] * 2, abs=1e-5)
     assert table["learning_rate"].tolist() == pytest.approx([2e-4, 4e-4, 4e-4, 2e-4], rel=1e-3)
     assert not table["is_lost"].any()
@@ -87,24 +87,24 @@ def test_a_rate_outside_the_grid_is_a_bound_and_one_where_runs_diverged_is_lost(
     ]
     (sweep,) = sweeps_of(runs, "s")
     for factor, lost, bound in ((1.0, False, False), (10.0, True, False), (30.0, True, False), (4.0, False, True)):
-        table = regret_table([sweep], lambda _, factor=factor: {"p": lambda *_: factor})
+        table = regrets_on_sweeps([sweep], lambda _, factor=factor: {"p": lambda *_: factor})
         row = table[table["rank"] == 64].iloc[0]
         assert (row["is_lost"], row["is_lower_bound"]) == (lost, bound)
         assert math.isinf(row["regret"]) == lost
     assert lands_on_diverged(sweep.curves[1], 2e-3)
     assert not lands_on_diverged(sweep.curves[1], 1.5e-3)
-    below = regret_table([sweep], lambda _: {"p": lambda *_: 0.1}).iloc[0]
+    below = regrets_on_sweeps([sweep], lambda _: {"p": lambda *_: 0.1}).iloc[0]
     assert below["is_lower_bound"]
     assert below["regret"] == pytest.approx(0.2)
     # A lost pair makes the mean infinite, but not the median of the others.
-    summary = summarise_regrets(regret_table([sweep], lambda _: {"p": lambda *_: 10.0}))
+    summary = summarise_regrets(regrets_on_sweeps([sweep], lambda _: {"p": lambda *_: 10.0}))
     row = summary[summary["pairs_of"] == "all ranks"].iloc[0]
     assert (row["lost"], row["pairs"], row["largest"]) == (1, 2, math.inf)
 
 
 def test_bounds_are_counted_apart(sweep_of) -> None:
     sweep = sweep_of({(1, 32.0): 2e-5, (4, 32.0): 3e-4, (16, 32.0): 4e-4})
-    summary = summarise_regrets(regret_table([sweep], lambda _: {"keep": power_of_gain(0.0)}))
+    summary = summarise_regrets(regrets_on_sweeps([sweep], lambda _: {"keep": power_of_gain(0.0)}))
     row = summary[summary["pairs_of"] == "all ranks"].iloc[0]
     assert (row["pairs"], row["bound_pairs"]) == (2, 4)
     assert row["largest_at_bound"] > row["largest"]
@@ -138,7 +138,7 @@ def independent_regrets(
 
 @pytest.mark.slow
 def test_the_published_means_by_an_independent_path(originals: Path) -> None:
-    tables = [regret_table(load_sweeps("tinker"), lambda _: POLICIES), sources.read_table("regrets")]
+    tables = [regrets_on_sweeps(load_sweeps("tinker"), lambda _: POLICIES), sources.read_table("regrets")]
     summary = summarise_regrets(pd.concat(tables))
     summary = summary[summary["pairs_of"] == "all ranks"].set_index(["source", "policy"])
     best = sources.read_table("best_rates")

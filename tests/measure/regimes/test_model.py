@@ -15,7 +15,7 @@ from support import torch_models
 from support.torch_models import padded, peft, torch, transformers
 
 from rora_theory import InputError, Setting, transfer
-from rora_theory.advice.best_rate import Run, carry_rate
+from rora_theory.advice.best_rate import Run, transfer_rate
 from rora_theory.measure import hooks, regime, tokens
 from rora_theory.measure.batches import MasksByShape
 from rora_theory.measure.modules import linear_modules, linear_size, select_modules, without_adapters
@@ -499,7 +499,7 @@ def test_the_advice_agrees_with_the_crossing_rank(measured, caplog) -> None:
     assert "coordinate check" in sentence
     assert "whole model can differ" in sentence
     for rank in (8, 16, 128):
-        advised = carry_rate(3e-4, Run(16, 16.0), Run(rank, 16.0)).best
+        advised = transfer_rate(3e-4, Run(16, 16.0), Run(rank, 16.0)).best
         assert measured.transfer(Setting(16, 16.0, 3e-4), rank).learning_rate == pytest.approx(advised)
     assert not caplog.records
 
