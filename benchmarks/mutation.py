@@ -54,7 +54,7 @@ JUDGING = {
     "run_change": ("rora_theory/advice/run_change.py", "tests/advice/test_transfer.py"),
     "verdicts": ("rora_theory/paper/verdicts.py", "tests/paper/test_verdicts.py tests/test_answers_in_words.py"),
     "trained_runs": ("rora_theory/stats/trained_runs.py", "tests/stats/test_trained_runs.py"),
-    "rate_curves": ("rora_theory/stats/rate_curves.py", "tests/stats/test_rate_curves.py"),
+    "rate_curves": ("rora_theory/stats/rate_curves.py", "tests/stats/test_rate_curves.py tests/stats/test_regret.py"),
 }
 """Modules of statistics, advice and verdicts, which run no model, with the files that test them."""
 

@@ -101,7 +101,7 @@ def advised_range(old_rank: int, old_gain: float, rank: int, gain: float) -> Rat
 
 
 POWERS_OF_GAIN: Mapping[str, float] = {"keep the rate": 0.0, "first step": -1.0, "square root": -0.5, "G^-0.75": -0.75}
-"""Powers of G of the policies that are one, by name."""
+"""Policies that are a power of G, by name, with that power."""
 
 POLICIES: Mapping[str, RateFactor] = {
     **{name: power_of_gain(power) for name, power in POWERS_OF_GAIN.items()},
