@@ -31,12 +31,10 @@ class Best(NamedTuple):
 
     Attributes:
       rate: Learning rate at the minimum, interpolated between the grid points.
-      loss: Loss at the minimum; the measured loss at an edge.
       edge: End of the grid at which the minimum lies, so that the true minimum may lie beyond; empty otherwise.
     """
 
     rate: float
-    loss: float
     edge: Edge
 
 
@@ -87,8 +85,6 @@ def fit_minima(rates: Float[np.ndarray, " n"], losses: Float[np.ndarray, "curves
         has_vertex = (inner == lowest) & np.isfinite(y0 + y2)
         shift = np.where(has_vertex & (curvature > 0), -tilt / (2 * curvature), 0.0)
         best_rates = np.where(has_vertex, rates[lowest] * np.exp(shift), rates[lowest])
-        # Value of the parabola at its vertex, y1 + tilt shift + curvature shift^2 = y1 + tilt shift / 2.
-        best_losses = np.where(has_vertex, np.exp(y1 + tilt * shift / 2), losses[curves, lowest])
     # Curves that have more rates within reach than the three.
     for curve in np.flatnonzero(has_vertex) if reach > 0 else ():
         distances = log_rates - log_rates[lowest[curve]]
@@ -96,13 +92,12 @@ def fit_minima(rates: Float[np.ndarray, " n"], losses: Float[np.ndarray, "curves
         is_fitted[lowest[curve] - 1 : lowest[curve] + 2] = True
         if np.sum(is_fitted) > 3:
             x, y = distances[is_fitted], np.log(losses[curve, is_fitted])
-            quadratic, linear, level = np.polyfit(x, y, 2)
+            quadratic, linear, _ = np.polyfit(x, y, 2)
             # A parabola without a minimum among its points leaves the vertex through three.
             if quadratic > 0 and x[0] <= (vertex := -linear / (2 * quadratic)) <= x[-1]:
                 best_rates[curve] = rates[lowest[curve]] * math.exp(vertex)
-                best_losses[curve] = math.exp(level + linear * vertex / 2)
     edges: list[Edge] = ["low" if i == 0 else "high" if i == len(rates) - 1 else "" for i in lowest.tolist()]
-    return [Best(*best) for best in zip(best_rates.tolist(), best_losses.tolist(), edges, strict=True)]
+    return [Best(*best) for best in zip(best_rates.tolist(), edges, strict=True)]
 
 
 def grid_gaps(rates: Float[np.ndarray, " n"], losses: Float[np.ndarray, "curves n"]) -> Float[np.ndarray, " curves"]:
