@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from rora_theory import extras
-from rora_theory.errors import InputError, first_line
+from rora_theory.errors import InputError, first_line, is_out_of_memory
 from rora_theory.lab.finetune.step import State
 from rora_theory.runs.files import naming_damage
 
@@ -113,6 +113,9 @@ class Checkpoints:
         try:
             restored = self._manager.restore(step, args=items)
         except Exception as error:  # several libraries read the files, and each raises errors of its own
+            # The file is whole: nobody may be told to remove it.
+            if is_out_of_memory(error):
+                raise
             raise self._damage_error(step, f"cannot be read ({_reason(error)})") from error
         with naming_damage(self.path(step)):
             progress = Progress(**restored.progress)

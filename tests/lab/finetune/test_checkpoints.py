@@ -91,6 +91,15 @@ def test_a_full_disk_is_named_and_the_earlier_checkpoint_stays(saved):
     again.close()
 
 
+def test_lack_of_memory_does_not_count_as_damage(saved, monkeypatch):
+    def restore(*_, **__):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.")
+
+    monkeypatch.setattr(saved._manager, "restore", restore)
+    with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+        saved.restore(1, state())
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_checkpoint_and_another_adapter_s_are_named(saved):
