@@ -26,6 +26,8 @@ finished. Settings of a schedule are compared after the number of steps that the
   changes.
 - ``steps_policies.csv`` has the mean regret over seeds of powers of the number of steps: the constant rate that the
   other seeds tuned at the reference setting after fewer steps, carried to more.
+- ``lowest_losses.csv`` has what G does beyond the rate: the lowest loss at each G, at its own best rate, minus that at
+  G = 32 and the same rank. Differences are paired by seed; seeds with a best rate at an edge of its rates are left out.
 """
 
 import argparse
@@ -349,6 +351,28 @@ def tuned_elsewhere(curves: Mapping[int, Curves], seed: int, setting: GridSettin
     return replace(tuned[0], losses=losses, resampled=None, seeds=tuple(range(len(tuned)))), tuned_on
 
 
+def lowest_loss_rows(curves: Mapping[int, Curves]) -> pd.DataFrame:
+    """Return the lowest loss of each setting minus that of the same one at the reference G, with its error over seeds.
+
+    A grid of rates may miss the minimum: the larger bound of the two grids is added to the interval.
+    """
+    rows = []
+    for setting in dict.fromkeys(itertools.chain.from_iterable(curves.values())):
+        reference = replace(setting, gain=REFERENCE_GAIN)
+        pairs = [(each[setting], each[reference]) for each in curves.values() if {setting, reference} <= each.keys()]
+        inner = [pair for pair in pairs if not any(curve.edge for curve in pair)]
+        if setting == reference or not inner:
+            continue
+        difference = over_seeds(np.array([first.losses.min() - second.losses.min() for first, second in inner]))
+        bound = float(np.mean([max(curve.grid_error for curve in pair) for pair in inner]))
+        half_width = difference.half_width() + bound
+        row = vars(setting) | {"difference": difference.value, "half_width": half_width, "grid_error": bound}
+        has_sign = abs(difference.value) > half_width
+        verdict = ("lower" if difference.value < 0 else "higher") if has_sign else "undecided"
+        rows.append(row | {"seeds": difference.n, "left_out": len(pairs) - len(inner), "verdict": verdict})
+    return pd.DataFrame(rows)
+
+
 def steps_regret_rows(curves: Mapping[int, Curves], design: Design) -> pd.DataFrame:
     """Return the regret of every power of the number of steps at the reference setting, by seed."""
     rows = []
@@ -409,6 +433,9 @@ def main() -> None:
             tables["laws"] = pd.concat(laws)
     if len(design.read_at) > 1:
         tables["steps_policies"] = mean_regrets(steps_regret_rows(curves, design), ["from", "to", "policy"])
+    lowest_losses = lowest_loss_rows(curves)
+    if len(lowest_losses):
+        tables["lowest_losses"] = lowest_losses
     for name, frame in tables.items():
         (args.out / f"{name}.csv").write_text(frames.to_csv(frame))
         print(f"{name}.csv\n{frame.to_string(index=False)}\n")

@@ -285,3 +285,29 @@ def test_a_ratio_by_the_answers_is_of_the_rates_that_are_best_by_the_answers():
     assert table.loc[("three points", "all"), "ratio"] == pytest.approx(1 / 4, rel=1e-6)
     assert table.loc[("three points", "answer"), "ratio"] == pytest.approx(1 / 2, rel=1e-6)
     assert set(table["seeds"]) == {2}
+
+
+def test_the_lowest_losses_over_g_are_compared_at_one_rank_by_seed_and_inside_the_rates():
+    laws, grid = (importlib.import_module(name) for name in ("gain_laws", "gain_grid"))
+    low, high, other = (
+        grid.GridSetting(rank, gain, "constant", 64) for rank, gain in ((8, 32.0), (8, 256.0), (64, 256.0))
+    )
+
+    def raised(best, by):
+        return replace(parabola(best), losses=parabola(best).losses + by)
+
+    # At G = 256 the lowest loss is 0.2 and 0.3 lower; the third seed's best rate is the lowest one.
+    curves = {
+        seed: {low: raised(2.0**-9, level), high: raised(best, level - gain), other: raised(2.0**-10, level - 1)}
+        for seed, level, gain, best in ((0, 0.0, 0.2, 2.0**-11), (1, 5.0, 0.3, 2.0**-11), (2, 0.0, 3.0, 2.0**-15))
+    }
+    (row,) = laws.lowest_loss_rows(curves).to_dict("records")
+    assert (row["rank"], row["gain"], row["seeds"], row["left_out"]) == (8, 256.0, 2, 1)
+    assert row["difference"] == pytest.approx(-0.25)
+    # Student's t of two seeds is 12.7, and the standard error 0.05.
+    assert row["half_width"] == pytest.approx(12.7062 * 0.05 + row["grid_error"], rel=1e-4)
+    assert row["grid_error"] > 0
+    assert row["verdict"] == "undecided"
+    pair = {seed: {low: curves[0][low], high: raised(2.0**-11, -2 - seed / 100)} for seed in range(3)}
+    assert list(laws.lowest_loss_rows(pair)["verdict"]) == ["lower"]
+    assert not len(laws.lowest_loss_rows({0: {low: curves[0][low]}}))
