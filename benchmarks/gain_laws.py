@@ -363,11 +363,12 @@ def lowest_loss_rows(curves: Mapping[int, Curves]) -> pd.DataFrame:
         inner = [pair for pair in pairs if not any(curve.edge for curve in pair)]
         if setting == reference or not inner:
             continue
-        difference = over_seeds(np.array([first.losses.min() - second.losses.min() for first, second in inner]))
         bound = float(np.mean([max(curve.grid_error for curve in pair) for pair in inner]))
-        half_width = difference.half_width() + bound
-        row = vars(setting) | {"difference": difference.value, "half_width": half_width, "grid_error": bound}
-        has_sign = abs(difference.value) > half_width
+        values = np.array([first.losses.min() - second.losses.min() for first, second in inner])
+        difference = replace(over_seeds(values), bound=bound)
+        row = vars(setting) | {"difference": difference.value, "half_width": difference.half_width()}
+        row |= {"grid_error": bound}
+        has_sign = abs(difference.value) > difference.half_width()
         verdict = ("lower" if difference.value < 0 else "higher") if has_sign else "undecided"
         rows.append(row | {"seeds": difference.n, "left_out": len(pairs) - len(inner), "verdict": verdict})
     return pd.DataFrame(rows)

@@ -137,11 +137,8 @@ def later_pairs() -> dict[str, dict[str, list[Pair]]]:
         "Gemma 3 270M": {
             "constant, later seeds": seeded_pairs("gemma", "constant", "gain_seeds/gemma", is_later=True),
             # No run under cosine decay gave a constant: all seeds are tests.
-            "cosine": [
-                pair
-                for is_later in (False, True)
-                for pair in seeded_pairs("gemma", "cosine", "gain_seeds/gemma", is_later=is_later)
-            ],
+            "cosine": seeded_pairs("gemma", "cosine", "gain_seeds/gemma")
+            + seeded_pairs("gemma", "cosine", "gain_seeds/gemma", is_later=True),
         },
         "small model": {
             "other ranks, constant": seeded_pairs("small_more", "constant", "small_more"),
