@@ -33,7 +33,7 @@ results/published/gain_seeds/smollm2``).
 
 ``long_gains`` adds other G, and with ``--grid full`` another rank, to the runs of 4,096 steps. Its reference is
 ``small_long``, whose best rates were known (``predict long_gains --pilot results/published/small_long``), and its K is
-that of the pilot of ``small``.
+that of the pilot of ``small``. ``longest_gains`` has the same settings after 16,384 steps.
 """
 
 import argparse
@@ -146,6 +146,7 @@ LONGER = (GridSetting(8, 32.0, "constant", 16384), GridSetting(8, 32.0, "cosine"
 REFERENCE_STEPS = (GridSetting(8, 32.0, "constant", 1024),)
 LONG_GAINS = tuple(GridSetting(8, gain, "constant", 4096) for gain in (4.0, 256.0))
 LONG_RANKS = tuple(GridSetting(64, gain, "constant", 4096) for gain in (32.0, 4.0, 256.0))
+LONGEST_GAINS = tuple(replace(setting, steps=16384) for setting in LONG_GAINS + LONG_RANKS)
 AT_RANK_8 = tuple(setting for setting in SMALL_REDUCED if setting.rank == REFERENCE_RANK)
 GAINS = tuple(GridSetting(8, gain, "constant", 64) for gain in (32.0, 4.0, 256.0, 2048.0))
 DECAY = tuple(GridSetting(8, gain, "cosine", 256) for gain in (32.0, 256.0))
@@ -169,6 +170,9 @@ DESIGNS = {
         5,
         (0, 1, 2, 3, 4),
         rate_ratio=10 ** (1 / 4),
+    ),
+    "longest_gains": Design(
+        "gain_grid_long.yaml", LONGEST_GAINS, (), LONGEST_GAINS, (16384,), 5, (0, 1), rate_ratio=10 ** (1 / 4)
     ),
     "smollm2_long": Design(
         "gain_grid_real_long.yaml", REFERENCE_STEPS, (), REFERENCE_STEPS, (64, 256, 1024), 5, (0,), rate_ratio=2.0
@@ -374,7 +378,7 @@ def predict(args: argparse.Namespace) -> None:
                 for constant in (middle, low, high)
             ]
             rows.append(prediction(*place, "displacement law, c = 1", displaced))
-            if args.design in ("medium", "long_gains"):
+            if args.design in ("medium", "long_gains", "longest_gains"):
                 K = CONSTANTS["displacement_constant"].value
                 by_advice = best_rate_factor(REFERENCE_GAIN, setting.gain, displacement_constant=K)
                 rows.append(prediction(*place, "displacement law, K of the advice", [by_advice]))

@@ -177,11 +177,13 @@ def test_every_compared_setting_is_run_here_or_in_the_design_of_five_seeds():
         assert {old, new} <= run
 
 
-def test_the_long_runs_over_g_have_the_reference_of_the_long_runs_and_the_constant_of_the_pilot():
+@pytest.mark.parametrize(("design", "steps"), [("long_gains", 4096), ("longest_gains", 16384)])
+def test_the_long_runs_over_g_have_the_reference_of_the_long_runs_and_the_constant_of_the_pilot(design, steps):
     grid = importlib.import_module("gain_grid")
+    assert {setting.steps for setting in grid.DESIGNS[design].compared} == {steps}
     folder = grid.PUBLISHED / "small_long"
-    rate, constants = grid.read_pilot(folder, 4096)
-    best = pd.read_csv(folder / "best.csv").query("estimator == 'three points' and steps == 4096")["best_rate"]
+    rate, constants = grid.read_pilot(folder, steps)
+    best = pd.read_csv(folder / "best.csv").query(f"estimator == 'three points' and steps == {steps}")["best_rate"]
     assert rate == pytest.approx(math.exp(np.log(best).mean()), rel=1e-12)
     pilot = pd.read_csv(grid.PUBLISHED / "small_models" / "pilot.csv").set_index("quantity")["value"]
     assert constants[0] == pilot["displacement constant"]
