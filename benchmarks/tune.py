@@ -1,10 +1,12 @@
 """Regret of the learning rates that need no tuned run, on the published runs: `tune`, fixed rates, trainers' defaults.
 
-    python benchmarks/tune.py --out results/published/tune
+    python benchmarks/tune.py --external EXTERNAL --out results/published/tune
 
 `tune` gives the best rate that public sweeps lead to expect (`rora_theory.evidence.rate_prior`). This script computes
-its regret on the measured curves of our own runs, beside fixed rates at G = 64 that are transferred as G^-0.75. Nothing
-is trained. The constants of the law come in part from the same runs.
+its regret on the measured curves of our own runs and of two public sweeps that gave the rate nothing, beside fixed
+rates at G = 64 that are transferred as G^-0.75. Nothing is trained. The law's constants come in part from our runs.
+
+EXTERNAL is the folder of the public sweeps' original files, as for ``benchmarks/public_sweeps.py``.
 
 Files in the output folder: `cases.csv`, a row for each planned run; `by_model.csv`, a summary; and `defaults.csv`, the
 regret of the default learning rates of TRL, LLaMA-Factory and `unsloth train`.
@@ -23,6 +25,7 @@ from sweep_folders import curves_after, regret_at
 
 from rora_theory.advice.best_rate import Run
 from rora_theory.evidence.rate_prior import rate_prior
+from rora_theory.evidence.sweeps import Sweep, load_sweeps
 from rora_theory.optimizers import Schedule
 from rora_theory.runs import files, frames
 from rora_theory.stats.rate_curves import Curve
@@ -36,6 +39,9 @@ RUNS: Mapping[str, tuple[str, float, Schedule]] = {
     "horizon_gemma": ("Gemma 3 270M", 0.268, "constant"),
 }
 """Model of each folder of published runs, its number of parameters in billions, and the schedule."""
+
+PUBLIC_RUNS: Mapping[str, tuple[float, Schedule]] = {"qwen2.5-7b": (7.6, "linear"), "qwen3-4b": (4.0, "constant")}
+"""Parameters in billions and schedule of the public sweeps that are no part of the starting rates."""
 
 BATCH_SIZE = 4
 """Number of records per step of the published runs."""
@@ -56,6 +62,8 @@ POLICIES = ("prior", *(f"fixed {rate:g}" for rate in FIXED_RATES))
 class RegretOptions:
     """Settings of the comparison."""
 
+    external: Path
+    """Folder of the original files of the public sweeps."""
     out: Path = PUBLISHED / "tune"
     """Output folder."""
 
@@ -129,6 +137,12 @@ def read_targets(name: str, schedule: Schedule) -> Targets:
     return planned_targets({replace(run, batch_size=BATCH_SIZE): curve for run, curve in curves.items()})
 
 
+def read_public_targets(sweep: Sweep, schedule: Schedule) -> Targets:
+    """Return the settings of a public sweep whose best rates lie inside their grids."""
+    inside = [fit.curve for fit in sweep.fits if fit.is_inside]
+    return {Run(curve.rank, curve.gain, sweep.steps, schedule, sweep.batch_size): curve for curve in inside}
+
+
 def main(config: RegretOptions) -> None:
     """Compute the regrets, write the tables and print the summary."""
     rows, defaults = [], []
@@ -136,6 +150,10 @@ def main(config: RegretOptions) -> None:
         targets = read_targets(name, schedule)
         rows += case_rows(targets, model=model, parameters=parameters)
         defaults.append(default_rate_regret(targets).assign(model=model, schedule=schedule))
+    for source, (parameters, schedule) in PUBLIC_RUNS.items():
+        for sweep in load_sweeps(source, config.external):
+            targets = read_public_targets(sweep, schedule)
+            rows += case_rows(targets, model=sweep.model, parameters=parameters)
     cases = pd.DataFrame(rows)
     summary = summarise(cases)
     config.out.mkdir(parents=True, exist_ok=True)

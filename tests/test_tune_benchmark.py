@@ -9,6 +9,7 @@ import pytest
 
 from rora_theory.advice.best_rate import Run
 from rora_theory.evidence.rate_prior import rate_prior
+from rora_theory.evidence.sweeps import RunRecord, sweeps_of
 from rora_theory.lab.sweep.curves import curves_at
 from rora_theory.lab.sweep.runs import Reading, ReadRun, SweepRun
 from rora_theory.stats.rate_curves import Curve
@@ -54,6 +55,21 @@ def targets(tune) -> dict[Run, Curve]:
 @pytest.fixture
 def cases(tune, targets) -> pd.DataFrame:
     return pd.DataFrame(tune.case_rows(targets, model="m", parameters=1.0))
+
+
+def test_settings_of_a_public_sweep_with_a_best_rate_inside_are_planned_with_its_steps_and_batch(tune) -> None:
+    best = {8: 2e-4, 16: 4e-4, 32: 8e-4}  # the last at an end of the rates
+    runs = [
+        RunRecord("m", rank, 32.0, "lora", rate, 1.0 + math.log(rate / best[rank]) ** 2, 780, 66, 0)
+        for rank in best
+        for rate in (1e-4, 2e-4, 4e-4, 8e-4)
+    ]
+    (sweep,) = sweeps_of(runs, "source")
+    targets = tune.read_public_targets(sweep, "linear")
+    assert set(targets) == {Run(8, 32.0, 780, "linear", 66), Run(16, 32.0, 780, "linear", 66)}
+    rows = tune.case_rows(targets, model="m", parameters=4.0)
+    assert [row["best_rate"] for row in rows] == [2e-4, 4e-4]
+    assert all(row["prior"] > 0 for row in rows)
 
 
 def test_planned_runs_have_a_best_rate_between_measured_ones(tune, targets) -> None:

@@ -32,7 +32,7 @@ class RateBelief:
 
     Expected regrets assume that the held-out loss is a parabola in the logarithm x of the rate,
     :math:`\tfrac{c}{2} (x - x^*)^2` above its minimum at :math:`x^*`, with the curvature c of a small model
-    (`CURVATURE`). Regrets are proportional to it, and larger models have a fifth of it (`PUBLIC_CURVATURE`).
+    (`CURVATURE`). Regrets are proportional to it. The median of larger models has a fifth of it (`PUBLIC_CURVATURE`).
 
     Attributes:
       mean: Mean of the natural logarithm.
@@ -184,8 +184,8 @@ def expected_rate(
         f"The rate is the best one of {len(models())} public models (1B to 1T parameters) by size, transferred to this "
         "scaling, rank, batch, number of steps and schedule by the law of the advice.",
         "The expected regrets assume a loss that depends on the rate as in our runs of SmolLM2-135M (a rate twice too "
-        f"high or low costs {twofold(CURVATURE):.3f} nats per token; {twofold(PUBLIC_CURVATURE):.3f} in public sweeps "
-        "of larger models), and held-out losses without noise.",
+        f"high or low costs {twofold(CURVATURE):.3f} nats per token; {twofold(PUBLIC_CURVATURE):.3f} in the median of "
+        "public sweeps of larger models), and held-out losses without noise.",
     ]
     sizes = [model.parameters for model in models()]
     if parameters is not None and not min(sizes) <= parameters <= max(sizes):
