@@ -10,7 +10,7 @@ finished. Settings of a schedule are compared after the number of steps that the
 - ``best.csv`` has the best rate of each setting and seed, by the quadratic through the whole curve and by the parabola
   through the lowest loss and its neighbours, with the error over the held-out records. Verdicts rest on the whole
   curve; the tables have both. "near the minimum" was added after the runs, because whole curves depend on the width of
-  their grids: the parabola through all rates within a factor of 3.5 of the lowest loss, as for the public sweeps.
+  their grids: the lowest point of a cubic in log loss through all rates within a factor of 3.5 of the lowest loss.
 - ``mixed.csv`` is the primary analysis: one mixed model of log2 of the best rate for each schedule and number of steps,
   fitted by restricted maximum likelihood. A setting has a fixed effect, a seed a random one, and a best rate the error
   over its held-out records and a residual of unknown size. A best rate at an edge of its rates is left out.
@@ -65,7 +65,7 @@ from rora_theory.lab.sweep.runs import SweepRun, read_runs, read_tokens
 from rora_theory.optimizers import Schedule
 from rora_theory.runs import frames
 from rora_theory.stats.estimate import Estimate, over_seeds
-from rora_theory.stats.rate_curves import Curve, weighted_log2_rates
+from rora_theory.stats.rate_curves import Curve, estimate
 from rora_theory.stats.regret import regret
 from rora_theory.stats.verdicts import judge_range
 
@@ -178,7 +178,27 @@ def read_seeds(folders: Sequence[Path], design: Design, loss_on: LossOn = "all")
 
 def near_minimum(weights: Sequence[float], *curves: Curve) -> Estimate:
     """Estimate a weighted sum of log2 best rates from the rates within `REACH` of each lowest loss."""
-    return weighted_log2_rates(weights, *(replace(curve, reach=REACH) for curve in curves))
+
+    def weighted_sum(*sampled: Curve) -> np.ndarray:
+        return np.asarray(weights) @ [cubic_optima(curve) for curve in sampled]
+
+    return estimate(weighted_sum, *curves)
+
+
+def cubic_optima(curve: Curve) -> Float[np.ndarray, " seeds"]:
+    """Return log2 of each seed's best rate by a cubic, or by a parabola through three rates.
+
+    Losses rise more steeply above the best rate than below it, which a parabola takes for a lower best rate.
+    """
+    log_rates, optima = np.log2(curve.rates), []
+    for losses in np.log(curve.losses):
+        x = log_rates - log_rates[np.argmin(losses)]
+        is_near = np.isfinite(losses) & (np.abs(x) * math.log(2) <= REACH)
+        near = x[is_near]
+        cubic = np.polyfit(near, losses[is_near], min(3, len(near) - 1))
+        fine = np.linspace(near[0], near[-1], 2001)
+        optima.append(log_rates[np.argmin(losses)] + fine[np.argmin(np.polyval(cubic, fine))])
+    return np.array(optima)
 
 
 def best_rows(curves: Mapping[int, Curves]) -> pd.DataFrame:

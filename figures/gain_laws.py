@@ -45,12 +45,12 @@ class GainLawsOptions:
 def draw_gain_laws(config: GainLawsOptions) -> Sequence[Path]:
     """Draw the best rate of every seed against G, one panel for each schedule, with a line for each law.
 
-    A law's line passes through the geometric mean of the best rates at G = 32. Best rates are those near the minimum; a
+    A law's line passes through the geometric mean of the best rates at G = 32. Best rates are those by three points; a
     cross is one at the end of its rates, which is a bound.
     """
     best = frames.read_csv(config.run / "best.csv")
     predictions = frames.read_csv(config.run / "predictions.csv")
-    best = best[(best["estimator"] == "near the minimum") & (best["rank"] == config.rank)]
+    best = best[(best["estimator"] == "three points") & (best["rank"] == config.rank)]
     # The compared settings of a schedule have its largest number of steps.
     best = best[best["steps"] == best.groupby("schedule")["steps"].transform("max")]
     schedules = [name for name in ("constant", "cosine") if name in set(best["schedule"])]

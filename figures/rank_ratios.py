@@ -34,7 +34,7 @@ class RankRatiosOptions:
 def draw_rank_ratios(config: RankRatiosOptions) -> Sequence[Path]:
     """Draw the best rate at each rank over that at the reference rank of the same G, one panel for each schedule.
 
-    Best rates are those near the minimum; bars are 95% intervals over three or more seeds, and open markers have
+    Best rates are by the three lowest losses; bars are 95% intervals over three or more seeds, and open markers have
     fewer, as the others' best rates lie at an end of their grids. The line is the power law of the advice, and the
     band its 90% range.
     """
@@ -78,7 +78,7 @@ def draw_rank_ratios(config: RankRatiosOptions) -> Sequence[Path]:
 
 def read_ratios(run: Path) -> pd.DataFrame:
     """Return the measured ratios of best rates at two ranks and one G."""
-    outcomes = frames.read_csv(run / "outcomes.csv").query("estimator == 'near the minimum'")
+    outcomes = frames.read_csv(run / "outcomes.csv").query("estimator == 'three points'")
     table = outcomes.drop_duplicates(["schedule", "from", "to"])
     table[["from_rank", "from_gain"]] = table["from"].str.extract(SETTING).astype(float)
     table[["rank", "gain"]] = table["to"].str.extract(SETTING).astype(float)
