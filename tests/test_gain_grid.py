@@ -124,7 +124,7 @@ def parabola(best):
 def test_rates_far_above_the_best_one_move_the_whole_curve_and_not_the_rate_near_the_minimum():
     laws, grid = importlib.import_module("gain_laws"), importlib.import_module("gain_grid")
     x = np.arange(-8, 9) / 2
-    # A cubic within 1.5 octaves of the minimum, and steeper above; the rates reach 4 octaves.
+    # A cubic up to 2 octaves above the minimum, and steeper beyond; the rates reach 4 octaves to either side.
     losses = np.exp(0.02 * x**2 + 0.004 * x**3 + 0.05 * np.where(x > 2, x - 2, 0.0) ** 3)[None]
     wide = Curve("adamw", "both", "lora", 1.0, 8, 4.0, 2.0**x, losses, seeds=(0,))
     narrow = replace(wide, rates=2.0 ** x[4:13], losses=losses[:, 4:13])
