@@ -104,6 +104,7 @@ class Design:
       rates: Number of rates of a setting.
       seeds: Seeds of the whole design.
       rate_ratio: Ratio of two neighbouring rates.
+      tests_advice: Whether the law is predicted with the K of the advice too, to which the model or the runs gave none.
     """
 
     config: str
@@ -114,6 +115,7 @@ class Design:
     rates: int
     seeds: tuple[int, ...]
     rate_ratio: float = RATE_RATIO
+    tests_advice: bool = False
 
     @property
     def schedules(self) -> tuple[Schedule, ...]:
@@ -156,7 +158,15 @@ DESIGNS = {
         "gain_grid_small.yaml", (*RSLORA, *RANKS), BATCHES, RANKS, (1024,), 5, (0, 1, 2, 3, 4), rate_ratio=10 ** (1 / 4)
     ),
     "medium": Design(
-        "gain_grid_small.yaml", AT_RANK_8, (), AT_RANK_8, (64, 256, 1024), 5, (0, 1, 2), rate_ratio=10 ** (3 / 8)
+        "gain_grid_small.yaml",
+        AT_RANK_8,
+        (),
+        AT_RANK_8,
+        (64, 256, 1024),
+        5,
+        (0, 1, 2),
+        rate_ratio=10 ** (3 / 8),
+        tests_advice=True,
     ),
     "small_long": Design(
         "gain_grid_long.yaml", LONG, LONGER, LONG, (64, 256, 1024, 4096, 16384), 6, (0, 1, 2, 3, 4), rate_ratio=2.0
@@ -170,9 +180,18 @@ DESIGNS = {
         5,
         (0, 1, 2, 3, 4),
         rate_ratio=10 ** (1 / 4),
+        tests_advice=True,
     ),
     "longest_gains": Design(
-        "gain_grid_long.yaml", LONGEST_GAINS, (), LONGEST_GAINS, (16384,), 5, (0, 1), rate_ratio=10 ** (1 / 4)
+        "gain_grid_long.yaml",
+        LONGEST_GAINS,
+        (),
+        LONGEST_GAINS,
+        (16384,),
+        5,
+        (0, 1),
+        rate_ratio=10 ** (1 / 4),
+        tests_advice=True,
     ),
     "smollm2_long": Design(
         "gain_grid_real_long.yaml", REFERENCE_STEPS, (), REFERENCE_STEPS, (64, 256, 1024), 5, (0,), rate_ratio=2.0
@@ -378,7 +397,7 @@ def predict(args: argparse.Namespace) -> None:
                 for constant in (middle, low, high)
             ]
             rows.append(prediction(*place, "displacement law, c = 1", displaced))
-            if args.design in ("medium", "long_gains", "longest_gains"):
+            if design.tests_advice:
                 K = CONSTANTS["displacement_constant"].value
                 by_advice = best_rate_factor(REFERENCE_GAIN, setting.gain, displacement_constant=K)
                 rows.append(prediction(*place, "displacement law, K of the advice", [by_advice]))

@@ -176,28 +176,21 @@ def read_seeds(folders: Sequence[Path], design: Design, loss_on: LossOn = "all")
     return dict(sorted(curves.items()))
 
 
-def near_minimum(weights: Sequence[float], *curves: Curve) -> Estimate:
-    """Estimate a weighted sum of log2 best rates from the rates within `REACH` of each lowest loss."""
-
-    def weighted_sum(*sampled: Curve) -> np.ndarray:
-        return np.asarray(weights) @ [cubic_optima(curve) for curve in sampled]
-
-    return estimate(weighted_sum, *curves)
-
-
 def cubic_optima(curve: Curve) -> Float[np.ndarray, " seeds"]:
-    """Return log2 of each seed's best rate by a cubic, or by a parabola through three rates.
+    """Return log2 of each seed's best rate by a cubic through the rates within `REACH` of its lowest loss.
 
-    Losses rise more steeply above the best rate than below it, which a parabola takes for a lower best rate.
+    Losses rise more steeply above the best rate than below it, which a parabola takes for a lower best rate. Through
+    three rates it is a parabola.
     """
     log_rates, optima = np.log2(curve.rates), []
     for losses in np.log(curve.losses):
-        x = log_rates - log_rates[np.argmin(losses)]
+        lowest = log_rates[np.argmin(losses)]
+        x = log_rates - lowest
         is_near = np.isfinite(losses) & (np.abs(x) * math.log(2) <= REACH)
         near = x[is_near]
         cubic = np.polyfit(near, losses[is_near], min(3, len(near) - 1))
         fine = np.linspace(near[0], near[-1], 2001)
-        optima.append(log_rates[np.argmin(losses)] + fine[np.argmin(np.polyval(cubic, fine))])
+        optima.append(lowest + fine[np.argmin(np.polyval(cubic, fine))])
     return np.array(optima)
 
 
@@ -206,8 +199,8 @@ def best_rows(curves: Mapping[int, Curves]) -> pd.DataFrame:
     rows = []
     for seed, by_key in curves.items():
         for setting, curve in by_key.items():
-            for name, compute in (*ESTIMATORS.items(), ("near the minimum", near_minimum)):
-                logs = compute((1.0,), curve)
+            estimates = {name: compute((1.0,), curve) for name, compute in ESTIMATORS.items()}
+            for name, logs in (estimates | {"near the minimum": estimate(cubic_optima, curve)}).items():
                 row = {"estimator": name, "seed": seed} | vars(setting) | {"setting": setting.name}
                 row |= {"best_rate": 2**logs.value, "log2_error": logs.known_error}
                 rows.append(row | {"edge": curve.edge, "lowest_loss": float(curve.losses.min())})
