@@ -39,7 +39,7 @@ class AccuracyOptions:
 
 
 def draw_accuracy(config: AccuracyOptions) -> Sequence[Path]:
-    """Draw accuracies at each method's best rate (top) and paired gains over the base model and LoRA (bottom)."""
+    """Draw accuracies at each method's best rate (top) and paired differences from the base model and LoRA (bottom)."""
     manifest, rows = style.read_frame(config.run, "sweep")
     # Cells of one model and rank, each method at its best rate.
     rows = select_model(config.run, rows, config.model, None)
