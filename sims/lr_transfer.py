@@ -20,7 +20,8 @@ import pandas as pd
 from rora_theory.errors import InputError
 from rora_theory.lab.sweep import controlled_grid
 from rora_theory.lab.sweep.controlled import Model, ProblemConfig
-from rora_theory.lab.sweep.controlled_grid import ControlledCell, ControlledGrid, JudgedLoss
+from rora_theory.lab.sweep.controlled_grid import ControlledGrid, JudgedLoss
+from rora_theory.lab.sweep.grid import SweepCell
 from rora_theory.optimizers import OptimizerName
 from rora_theory.runs import devices
 from rora_theory.runs.cluster import ClusterConfig
@@ -50,10 +51,10 @@ class RateGrid(ControlledGrid):
 
     ranks: tuple[int, ...] = (4, 8, 16, 32, 64, 128)
     optimizers: tuple[OptimizerName, ...] = ("sgd", "adam")
-    models: tuple[Model, ...] = ("linear",)
+    model: tuple[Model, ...] = ("linear",)
     adam_lrs: tuple[float, ...] = tuple(2.0 ** (k / 2) for k in range(-26, 7))
     sgd_lrs: tuple[float, ...] = tuple(2.0 ** (k / 2) for k in range(-14, 22))
-    steps: tuple[int, ...] = (100,)
+    read_at: tuple[int, ...] = (100,)
     seeds: tuple[int, ...] = tuple(range(12))
     problem: ProblemConfig = field(
         default_factory=lambda: ProblemConfig(
@@ -63,8 +64,8 @@ class RateGrid(ControlledGrid):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.models) > 1:
-            raise InputError(f"models must be a single one, got {' '.join(self.models)}")
+        if len(self.model) > 1:
+            raise InputError(f"model must be a single one, got {' '.join(self.model)}")
         for option in ("adam_lrs", "sgd_lrs"):
             check_list(option, getattr(self, option), check_positive, fewest=3)
 
@@ -87,12 +88,10 @@ def measure_rate_transfer(config: LrTransferOptions) -> None:
     )
     folder = RunFolder.open(NAME, flatten(grid), out=config.out, seed=grid.seed, extra=extra)
 
-    def work(cell: ControlledCell, _: Path) -> list[dict[str, Any]]:
+    def work(cell: SweepCell, _: Path) -> list[dict[str, Any]]:
         return controlled_grid.losses_at_end(controlled_grid.train_cell(grid, cell))
 
-    losses = run_table(
-        controlled_grid.cells_of(grid), work, folder, controlled_grid.LOSS_COLUMNS, runner=runner, title="rates"
-    )
+    losses = run_table(grid.cells(), work, folder, controlled_grid.LOSS_COLUMNS, runner=runner, title="rates")
     curves = controlled_grid.curves_of_losses(losses, config.judge)
     compared = compare_rules(curves)
     # Best rates, and their slopes against the rank.

@@ -27,8 +27,9 @@ from rora_theory.lab.sweep import analysis, differences, results
 from rora_theory.lab.sweep import law as laws_of_rates
 from rora_theory.lab.sweep import runs as sweep_runs
 from rora_theory.lab.sweep.cell_trainer import CellTrainer
-from rora_theory.lab.sweep.cells import SweepCell, cell_states, describe_models
-from rora_theory.lab.sweep.design import AXES, BASE
+from rora_theory.lab.sweep.cells import cell_states, describe_models
+from rora_theory.lab.sweep.grid import AXES, SweepCell
+from rora_theory.lab.sweep.methods import BASE
 from rora_theory.lab.sweep.plan import SweepConfig, plan_sweep
 from rora_theory.runs import devices, frames
 from rora_theory.runs.cells import CELLS_FOLDER

@@ -14,7 +14,9 @@ from typing import Any
 import pandas as pd
 
 from rora_theory.lab.sweep import controlled_grid, rank_exponents
-from rora_theory.lab.sweep.controlled_grid import ControlledCell, ControlledGrid
+from rora_theory.lab.sweep.controlled_grid import ControlledGrid
+from rora_theory.lab.sweep.grid import SweepCell
+from rora_theory.lab.sweep.methods import find_method
 from rora_theory.lab.sweep.rank_exponents import CELL, SATURATED
 from rora_theory.runs import devices
 from rora_theory.runs.cluster import ClusterConfig
@@ -43,20 +45,20 @@ def measure_dynamics(config: TrainingDynamicsOptions) -> None:
     grid, runner = config.grid, config.cluster.runner()
     extra = {"units": controlled_grid.UNITS, "device": devices.describe_devices(devices.pick(1))}
     folder = RunFolder.open(NAME, flatten(grid), out=config.out, seed=grid.seed, extra=extra)
-    cells = controlled_grid.cells_of(grid)
 
-    def work(cell: ControlledCell, _: Path) -> list[dict[str, Any]]:
+    def work(cell: SweepCell, _: Path) -> list[dict[str, Any]]:
         return controlled_grid.train_cell(grid, cell)
 
     # Rows of every seed, step and quantity.
+    columns = controlled_grid.COLUMNS
     seed_rows = run_table(
-        cells, work, folder, controlled_grid.COLUMNS, runner=runner, title="training dynamics", name="seeds.csv"
+        grid.cells(), work, folder, columns, runner=runner, title="training dynamics", name="seeds.csv"
     )
     # Means over seeds, and slopes in the rank.
     folder.write_frame(rank_exponents.summarise_seeds(seed_rows))
     fits = rank_exponents.exponent_fits(seed_rows)
     folder.write_frame(fits, "exponents.csv")
-    ends = fits[(fits["step"] == grid.steps[-1]) & (fits["range"] == "all") & fits["quantity"].isin(QUANTITY_LABELS)]
+    ends = fits[(fits["step"] == grid.read_at[-1]) & (fits["range"] == "all") & fits["quantity"].isin(QUANTITY_LABELS)]
     scope = ("model", "trained", "optimizer", "rule", "quantity", "step", "ranks", "verdict")
     with summarised(folder, key_figures(ends, "slope in the rank", "slope", over="seeds", scope=scope)):
         report(grid, seed_rows, fits)
@@ -68,10 +70,11 @@ def report(grid: ControlledGrid, rows: pd.DataFrame, fits: pd.DataFrame) -> None
     """Print the answer, the slopes at the first, a middle and the last step, and the diverged cells."""
     answers.print_answer(rank_exponents.describe_fits(fits))
     # First, middle and last step.
-    steps = dict.fromkeys((grid.steps[0], grid.steps[len(grid.steps) // 2], grid.steps[-1]))
-    lines = [(optimizer, name_of(rule)) for optimizer in grid.optimizers for rule in grid.rules]
+    steps = dict.fromkeys((grid.read_at[0], grid.read_at[len(grid.read_at) // 2], grid.read_at[-1]))
+    rules = [name_of(find_method(method).rule) for method in grid.methods]
+    lines = list(itertools.product(grid.optimizers, rules))
     # One table for each model and trained factors.
-    for model, trained in itertools.product(grid.models, grid.trained):
+    for model, trained in itertools.product(grid.model, grid.trained):
         fits_of_kind = fits[(fits[["model", "trained", "range"]] == [model, trained, "all"]).all(axis=1)]
         table = {
             (row["optimizer"], row["rule"], row["quantity"], row["step"]): _slope(row, len(grid.ranks))
@@ -86,7 +89,7 @@ def report(grid: ControlledGrid, rows: pd.DataFrame, fits: pd.DataFrame) -> None
             left=2,
         )
     # Diverged runs are excluded from the slopes, so they are listed.
-    diverged = rows[(rows["step"] == grid.steps[-1]) & (rows["diverged"] > 0)]
+    diverged = rows[(rows["step"] == grid.read_at[-1]) & (rows["diverged"] > 0)]
     if len(diverged):
         tables.print_text("Runs that diverged by the last step (model, trained, optimizer, rule, rank):")
         for cell in diverged[[*CELL[:4], "rank"]].drop_duplicates().itertuples(index=False):

@@ -34,7 +34,7 @@ WITH_JAX = (
     *(
         "rora_theory.runs.devices",
         *(f"rora_theory.laws.random.{name}" for name in ("chi_squares", "draws", "nested", "normals")),
-        *(f"rora_theory.laws.{name}" for name in ("first_step", "grid", "sampling")),
+        *(f"rora_theory.laws.{name}" for name in ("first_step", "sampling")),
     ),
     *(f"rora_theory.paper.{name}" for name in ("quantities", "simulation", "verdicts")),
     "rora_theory.measure.regimes.drawn_steps",

@@ -28,10 +28,13 @@ def name_of(rule: Rule) -> str:
     return rule if isinstance(rule, str) else f"{rule:g}"
 
 
-def check_rules(rules: Sequence[Rule], *, gamma: float | None = None, reference_rank: int = 1) -> None:
+def check_rules(
+    rules: Sequence[Rule], name: str = "rules", *, gamma: float | None = None, reference_rank: int = 1
+) -> None:
     """Check that there is a rule, that all have different exponents, and that each has an alpha.
 
     Args:
+      name: Name of the argument, for errors.
       gamma: Scaling that every rule has at ``reference_rank``, see `alpha_at`; None checks no alpha.
       reference_rank: Rank of that scaling.
 
@@ -39,13 +42,13 @@ def check_rules(rules: Sequence[Rule], *, gamma: float | None = None, reference_
       InputError: There is no rule, two have the same exponent, or one has no alpha.
     """
     if not rules:
-        raise InputError("rules must have at least one rule, got none")
+        raise InputError(f"{name} must have at least one rule, got none")
     for rule in rules:
-        exponent(rule, "rules")
+        exponent(rule, name)
     # Compare exponents, not names: "rora" and 0.5 are the same rule.
     if len({exponent(rule) for rule in rules}) != len(rules):
         names = " ".join(map(name_of, rules))
-        raise InputError(f"rules must have different rules, got one rule twice: {names}")
+        raise InputError(f"{name} must have different rules, got one rule twice: {names}")
     if gamma is not None:
         for rule in rules:
             alpha_at(rule, gamma=gamma, reference_rank=reference_rank)

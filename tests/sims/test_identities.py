@@ -23,7 +23,7 @@ from rora_theory.lab.evaluate.scoring import Scoring
 from rora_theory.lab.finetune import FinetuneConfig
 from rora_theory.lab.llama import hub, loading
 from rora_theory.lab.pretrain import ModelShape, PretrainSettings
-from rora_theory.lab.sweep.design import SweepGrid
+from rora_theory.lab.sweep.grid import SweepGrid
 from rora_theory.measure.rank_check.rules import CheckConfig
 from rora_theory.measure.regimes.module_regime import RegimeConfig
 from rora_theory.runs.cluster import ClusterConfig
@@ -267,7 +267,7 @@ OTHER: dict[str, Any] = {
     "dtype": "bfloat16", "targets": ("q_proj",), "loss_on": "answer", "ranks": (2, 8), "rules": (0.3,), "rule": 0.3,
     "optimizers": ("sgd",), "optimizer": "sgd", "inits": ("gaussian",), "init": "gaussian", "template": "clean",
     "lrs": (0.1,), "reference_rank": 6,
-    "models": ("mlp",), "model": "mlp", "starts": ("A",), "overlap": 0.5, "overlaps": (0.25,), "draws": 8,
+    "model": ("mlp",), "starts": ("A",), "overlap": 0.5, "overlaps": (0.25,), "draws": 8,
     "format": "alpaca", "fields": {"input": "more"}, "chat_template": "chatml", "chat_date": "2026-01-31",
     "relative_error": 0.1, "sampler": "direct", "judge": "train", "noise": 0.2, "dropout": 0.1,
     "steps": 2, "schedule": "constant", "betas": (0.8, 0.9),
@@ -292,10 +292,11 @@ OTHER: dict[str, Any] = {
     },
     "lr_transfer": {
         "ranks": (4, 8), "teacher_rank": 2,
-        "steps": (7,), "seeds": (0, 3), "adam_lrs": (0.1, 0.2, 0.3), "sgd_lrs": (0.1, 0.2, 0.3),
+        "read_at": (7,), "methods": ("rora",), "seeds": (0, 3), "adam_lrs": (0.1, 0.2, 0.3), "sgd_lrs": (0.1, 0.2, 0.3),
     },
     "training_dynamics": {
-        "ranks": (4, 8), "teacher_rank": 2, "steps": (1, 3), "seeds": (0, 3), "adam_lrs": (0.1,), "sgd_lrs": (0.1,),
+        "ranks": (4, 8), "teacher_rank": 2, "read_at": (1, 3), "methods": ("rora",), "seeds": (0, 3),
+        "adam_lrs": (0.1,), "sgd_lrs": (0.1,),
     },
 }  # fmt: skip
 """Another value of a setting, of all commands or of one, where its negation or one more is none."""

@@ -10,7 +10,7 @@ from figures import lr_transfer as figure
 from rora_theory.lab.sweep.controlled_grid import DIVERGED, LOSS_COLUMNS
 from sims import lr_transfer as sim
 
-SMALL = "--ranks 4 16 64 --optimizers adam --steps 8 --seeds 0 1 2 --p-in 32 --p-out 4 --samples 16 --held-out 16"
+SMALL = "--ranks 4 16 64 --optimizers adam --read-at 8 --seeds 0 1 2 --p-in 32 --p-out 4 --samples 16 --held-out 16"
 SMALL += " --overlap 0.9"
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 

@@ -12,7 +12,7 @@ from rora_theory.runs import frames
 from sims import training_dynamics as sim
 
 SMALL = (
-    "--ranks 4 64 --optimizers sgd adam --models linear --steps 1 4 "
+    "--ranks 4 64 --optimizers sgd adam --model linear --read-at 1 4 "
     "--seeds 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 --p-in 64 --p-out 6 --samples 1 --held-out 4 "
     "--sgd-lrs 1e-4 --adam-lrs 1e-6"
 )

@@ -6,7 +6,7 @@ from rora_theory.lab.data.tasks import TaskRecord
 from rora_theory.lab.evaluate.scoring import Scoring
 from rora_theory.lab.finetune import FinetuneConfig
 from rora_theory.lab.llama import ModelSource
-from rora_theory.lab.sweep.design import SweepGrid
+from rora_theory.lab.sweep.grid import SweepGrid
 from rora_theory.lab.sweep.plan import SweepPlan
 from rora_theory.lab.sweep.records import RecordSplit
 

@@ -15,7 +15,7 @@ from rora_theory.lab.evaluate.scoring import Scoring
 from rora_theory.lab.finetune import FinetuneConfig
 from rora_theory.lab.sweep.controlled import ProblemConfig
 from rora_theory.lab.sweep.controlled_grid import ControlledGrid
-from rora_theory.lab.sweep.design import SweepGrid
+from rora_theory.lab.sweep.grid import SweepGrid
 from rora_theory.lab.sweep.plan import SweepConfig
 from rora_theory.measure.rank_check.rules import CheckConfig
 from rora_theory.measure.regimes.module_regime import RegimeConfig
@@ -81,9 +81,9 @@ INVALID: dict[type, dict[str, tuple]] = {
     ProblemConfig: same_values("p_in hidden p_out samples held_out teacher_rank", 0)
     | {"noise": (-1.0,), "overlap": (-0.1, 1.5)},
     RateGrid: {"adam_lrs": ((1.0, 2.0),), "sgd_lrs": ((1.0, 2.0),)},
-    ControlledGrid: {"ranks": ((4,), (4, 4)), "rules": (("lora", 1.0), ("best",), (0.5, "rora"))}
-    | {"optimizers": (("lion",),), "models": ((), ("cnn",))}
-    | {"adam_lrs": ((), (1.0, 1.0)), "sgd_lrs": ((1.0, -1.0),), "steps": ((2, 1), (0,))}
+    ControlledGrid: {"ranks": ((4,), (4, 4)), "methods": ((), ("lora", "1"), ("best",), ("nan",), ("rora", "0.5"))}
+    | {"optimizers": (("lion",),), "model": ((), ("cnn",))}
+    | {"adam_lrs": ((), (1.0, 1.0)), "sgd_lrs": ((1.0, -1.0),), "read_at": ((), (2, 1), (0,))}
     | {"seeds": ((1,), (0, 2**32)), "gamma": (0.0,), "reference_rank": (0,), "seed": (-1,)},
     ClusterConfig: {"workers": (0,), "cell_cpus": (0.0,), "cell_gpus": (-1.0,), "cell_memory": (0.0, NAN)}
     | {"address": ("ray://head:10001", "head")},
@@ -113,7 +113,8 @@ COMBINATIONS = [
     (SimulationConfig, {"alpha": 1e300}, r"alpha 1e\+300 and lr 0.0001 give gamma 1.0e\+300"),
     (SimulationConfig, {"draws": 64, "relative_error": 0.1}, "relative_error 0.1 .* draws"),
     (RateGrid, {"ranks": (2, 8)}, "teacher_rank.* 4"),
-    (RateGrid, {"models": ("linear", "mlp")}, "models .*linear mlp"),
+    (RateGrid, {"model": ("linear", "mlp")}, "model .*linear mlp"),
+    (ControlledGrid, {"methods": ("lora", "dora")}, "methods .*dora"),
     (ControlledGrid, {"ranks": (2, 8)}, "teacher_rank.* 4"),
     (ClusterConfig, {"workers": 2, "address": "auto"}, "workers 2 .* address"),
     (Scoring, {"protocol": "harness", "template": "train"}, "template .*harness, got 'train'"),

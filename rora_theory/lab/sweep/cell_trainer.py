@@ -40,7 +40,7 @@ from rora_theory.lab.finetune.held_out import record_losses
 from rora_theory.lab.finetune.step import SharedSteps
 from rora_theory.lab.llama.quantised import Quantization
 from rora_theory.lab.sweep import change_parts, results
-from rora_theory.lab.sweep.cells import SweepCell
+from rora_theory.lab.sweep.grid import SweepCell
 from rora_theory.lab.sweep.plan import SweepPlan
 from rora_theory.lab.sweep.runs import Reading, ReadRun
 from rora_theory.runs.reading import CHECKPOINTS

@@ -1,7 +1,7 @@
-"""Cells of a sweep, each with all settings that determine one fine-tuned and scored adapter."""
+"""Cells of a sweep of language models, each one fine-tuned and scored adapter."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -9,74 +9,11 @@ from typing import Any
 from rora_theory.errors import InputError
 from rora_theory.lab import llama
 from rora_theory.lab.finetune import FinetuneConfig
-from rora_theory.lab.sweep.design import BASE, METHODS, SweepGrid
+from rora_theory.lab.sweep.grid import SweepCell, SweepGrid
+from rora_theory.lab.sweep.methods import BASE
 from rora_theory.runs.cells import CELLS_FOLDER, ERROR_FILE
 from rora_theory.runs.reading import key_of, read_finished_cells
-from rora_theory.scaling import scaling_factor
 from rora_theory.validation.rules import check_warmup
-
-
-@dataclass(frozen=True)
-class SweepCell:
-    """Training run of a matrix with its read-outs. With what all runs of a folder share, it determines the result.
-
-    Attributes:
-      model: Name of the base model.
-      method: Name from `METHODS`, or `BASE`.
-      rank: Rank; None for `BASE` and for methods without a rank.
-      alpha: Alpha; None for `BASE` and for methods without a rank.
-      rate: Peak learning rate; None for `BASE`.
-      seed: Seed; None for `BASE`.
-      read_at: Numbers of steps after which the held-out records are evaluated; the run ends at the last. Empty for
-        `BASE`.
-      axes: Settings of the run in place of the shared ones, by names from `AXES`.
-      evaluation: Protocol, tasks, limit and digests of the task files; None if the tasks are not scored.
-    """
-
-    model: str
-    method: str
-    rank: int | None = None
-    alpha: float | None = None
-    rate: float | None = None
-    seed: int | None = None
-    read_at: tuple[int, ...] = ()
-    axes: Mapping[str, Any] = field(default_factory=dict)
-    evaluation: Mapping[str, Any] | None = None
-
-    def __str__(self) -> str:
-        if self.method == BASE:
-            return f"{self.model}: base"
-        size = f"r={self.rank} alpha={self.alpha:g} gamma={self.gamma:.4g} " if self.rank is not None else ""
-        axes = "".join(f" {name}={value}" for name, value in self.axes.items())
-        return f"{self.model}: {self.method} {size}lr={self.rate:g}{axes} seed={self.seed}"
-
-    @property
-    def gamma(self) -> float | None:
-        """Scaling of the adapter; None for methods without a rank."""
-        if self.rank is None or self.alpha is None:
-            return None
-        return scaling_factor(METHODS[self.method].settings["rule"], alpha=self.alpha, rank=self.rank)
-
-    def training(self, shared: FinetuneConfig) -> FinetuneConfig | None:
-        """Return the fine-tuning configuration of the run; None for `BASE`.
-
-        Args:
-          shared: Settings that all runs share. Targets and dropout apply to methods with a rank; other methods adapt
-            their published modules (full fine-tuning these targets) without dropout.
-
-        Raises:
-          InputError: If a value is out of range.
-        """
-        if self.method == BASE:
-            return None
-        settings: dict[str, Any] = dict(self.axes) | {"lr": self.rate, "seed": self.seed, "steps": self.read_at[-1]}
-        settings |= METHODS[self.method].settings
-        if self.rank is None:
-            # Full fine-tuning is compared with adapters of the same modules; other methods have modules of their own.
-            settings |= {"targets": shared.modules if settings["method"] == "full" else None, "dropout": 0.0}
-        else:
-            settings |= {"rank": self.rank, "alpha": self.alpha, "targets": shared.modules}
-        return shared.with_method(**settings | {"held_out": 0})
 
 
 def cells_of(
@@ -97,26 +34,21 @@ def cells_of(
     Raises:
       InputError: If a value is out of range.
     """
-    methods = grid.methods + (("full",) if grid.full_lrs and "full" not in grid.methods else ())
     cells = []
     for model in grid.model:
         # The base model is one cell without training.
-        if BASE in methods:
+        if BASE in grid.methods:
             cells.append(SweepCell(model, BASE, evaluation=evaluation))
         # A value that all runs share anyway is no axis of the cell.
         variants = [
             {name: value for name, value in variant.items() if value != getattr(shared, name)}
             for variant in grid.variants()
         ]
-        for seed, axes, rank, method in product(grid.seeds, variants, (None, *grid.ranks), methods):
-            # Methods without a rank belong to the first turn of the loop, in which the rank is None.
-            if method == BASE or METHODS[method].has_rank == (rank is None):
-                continue
-            alphas = (None,) if rank is None else grid.gains or (shared.alpha,)
-            runs = product(alphas, _read_outs(grid, shared, axes, train_records), grid.rates(method, model))
+        settings = list(grid.settings(model, variants, lambda method: grid.gains or (shared.alpha,)))
+        for seed, setting in product(grid.seeds, settings):
+            runs = product(_read_outs(grid, shared, setting.axes, train_records), grid.rates(setting.method, model))
             cells += [
-                SweepCell(model, method, rank, alpha, rate, seed, read_at, axes, evaluation)
-                for alpha, read_at, rate in runs
+                replace(setting, rate=rate, seed=seed, read_at=read_at, evaluation=evaluation) for read_at, rate in runs
             ]
     return cells
 

@@ -18,7 +18,7 @@ import pandas as pd
 from rora_theory.errors import InputError
 from rora_theory.lab.data.tasks import TASKS
 from rora_theory.lab.sweep import results
-from rora_theory.lab.sweep.design import BASE
+from rora_theory.lab.sweep.methods import BASE
 from rora_theory.lab.sweep.runs import SweepRun
 from rora_theory.runs import frames
 from rora_theory.stats.estimate import Estimate

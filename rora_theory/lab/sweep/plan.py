@@ -17,8 +17,8 @@ from rora_theory.lab.data.records import DataConfig
 from rora_theory.lab.data.tasks import TASKS, TaskRecord
 from rora_theory.lab.evaluate.scoring import Protocol, Scoring
 from rora_theory.lab.finetune import FinetuneConfig
-from rora_theory.lab.sweep.cells import SweepCell, cells_of
-from rora_theory.lab.sweep.design import SweepGrid
+from rora_theory.lab.sweep.cells import cells_of
+from rora_theory.lab.sweep.grid import SweepCell, SweepGrid
 from rora_theory.lab.sweep.records import RecordSplit, draw_records
 from rora_theory.runs.reading import as_json
 from rora_theory.validation.ranges import Count, check_ranges

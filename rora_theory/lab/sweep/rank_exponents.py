@@ -1,6 +1,6 @@
 """Exponents in the rank of an adapted layer's change during training.
 
-The input rows come from `training_grid`: one row per cell (`CELL`), seed and step, with all fields of
+The input rows come from `controlled_grid`: one row per cell (`CELL`), seed and step, with all fields of
 `controlled.Measures` and whether the run has diverged.
 """
 

@@ -11,7 +11,7 @@ import pandas as pd
 from rora_theory.errors import InputError
 from rora_theory.lab.data.tasks import TASKS
 from rora_theory.lab.evaluate.scoring import Sample
-from rora_theory.lab.sweep.design import BASE, METHODS
+from rora_theory.lab.sweep.methods import BASE, METHODS, find_method
 from rora_theory.lab.sweep.runs import SweepRun
 from rora_theory.runs import files, frames
 from rora_theory.stats.paired import mean_per_token
@@ -175,7 +175,7 @@ def read_answers(path: Path) -> pd.DataFrame:
 def _rows(run: SweepRun, tokens: Sequence[int], answer_tokens: Sequence[int]) -> list[dict[str, Any]]:
     """Return a row for each read-out of a run, and one for its divergence."""
     labels: dict[str, Any] = {"key": run.key, "model": run.model, "method": run.method, "axes": dict(run.axes)}
-    labels["rule"] = METHODS[run.method].settings["rule"] if run.rank is not None else None
+    labels["rule"] = find_method(run.method).rule if run.rank is not None else None
     labels |= {name: getattr(run, name) for name in ("rank", "alpha", "gain", "gamma")}
     if run.method != BASE:
         labels |= {"seed": run.seed, "learning_rate": run.rate}

@@ -10,7 +10,7 @@ import numpy as np
 
 from rora_theory.errors import InputError
 from rora_theory.lab.finetune.config import LossOn
-from rora_theory.lab.sweep.design import BASE, METHODS
+from rora_theory.lab.sweep.methods import BASE, find_method
 from rora_theory.runs import frames
 from rora_theory.runs.files import naming_damage
 from rora_theory.runs.reading import CELLS, FinishedCell, as_json, read_finished_cells, read_manifest
@@ -109,7 +109,7 @@ class SweepRun:
     @property
     def adapter(self) -> str:
         """Kind of adapter: rules of scaling are one kind, since runs of one G are the same."""
-        return "" if self.method == BASE else METHODS[self.method].settings["method"]
+        return "" if self.method == BASE else find_method(self.method).settings["method"]
 
     @property
     def setting(self) -> tuple[Any, ...]:
@@ -187,7 +187,7 @@ def _convert_run(cell: FinishedCell, config: Mapping[str, Any]) -> SweepRun:
     rank = optional_int(fields["rank"])
     alpha = gain = optional_float(fields["alpha"])
     if rank is not None and alpha is not None:
-        rule = METHODS[fields["method"]].settings["rule"]
+        rule = find_method(fields["method"]).rule
         # Under alpha / r, G is alpha itself, without the rounding of a division.
         gain = alpha if exponent(rule) == 1 else rank * scaling_factor(rule, alpha=alpha, rank=rank)
     axes = dict(fields["axes"])

@@ -19,7 +19,7 @@ import pandas as pd
 
 from rora_theory.advice.adapter_config import PEFT_INITS, PeftInit
 from rora_theory.advice.setting import Setting
-from rora_theory.laws.grid import RankGrid
+from rora_theory.laws.random.seeds import check_seed
 from rora_theory.measure.rank_check.coordinate_table import (
     BATCH_SPLITS,
     MODEL,
@@ -29,13 +29,13 @@ from rora_theory.measure.rank_check.coordinate_table import (
     summarise_verdicts,
     values_by_coordinate,
 )
-from rora_theory.optimizers import DISPLAY_NAMES, FAMILY, OptimizerName, scaling_power
+from rora_theory.optimizers import DISPLAY_NAMES, FAMILY, OPTIMIZER_NAMES, OptimizerName, scaling_power
 from rora_theory.runs import frames
-from rora_theory.scaling import Rule, check_choice, exponent
+from rora_theory.scaling import Rule, check_choice, check_integer, exponent
 from rora_theory.stats import slopes
 from rora_theory.stats.rate_optimum import predicted_slopes
-from rora_theory.validation.ranges import Positive
-from rora_theory.validation.rules import check_list, listed, name_of
+from rora_theory.validation.ranges import Positive, check_ranges
+from rora_theory.validation.rules import alpha_at, check_list, check_rules, check_steps, listed, name_of
 
 COLUMNS = (
     "optimizer", "rule", "kappa", "init", "control", "rank", "scaling", "learning_rate", "seed", "step", "split",
@@ -56,20 +56,27 @@ UNITS = {
 
 
 @dataclass(frozen=True)
-class CheckConfig(RankGrid):
-    """Settings of the check.
+class CheckConfig:
+    """Settings of the check: trainings that differ in rank, rule, optimizer, initialisation and seed.
 
     Raises:
       InputError: If a value is out of range.
     """
 
     ranks: tuple[int, ...] = (2, 8, 32, 128)
+    """Ranks of the adapter, at least two; they may exceed the layer's width"""
     rules: tuple[Rule, ...] = ("lora", "rora")
+    """Scaling rules: lora, rora, rslora, or the exponent kappa of gamma = alpha / r^kappa"""
     optimizers: tuple[OptimizerName, ...] = ("adamw", "sgd")
+    """Optimizers: sgd, momentum (0.9), adam, adamw (weight decay 0.01), at a constant learning rate"""
     steps: tuple[int, ...] = (1, 2, 5, 10)
+    """Numbers of updates after which to measure, in ascending order"""
     seeds: tuple[int, ...] = (0, 1, 2, 3)
+    """Seeds of the runs; error bars need two or more"""
     gamma: float = 2.0
+    """Scaling factor of every rule at the reference rank"""
     reference_rank: int = 8
+    """Rank at which all rules have the same scaling factor"""
     inits: tuple[PeftInit, ...] = ("kaiming_uniform",)
     """Initialisations of A"""
     controls: bool = True
@@ -83,7 +90,12 @@ class CheckConfig(RankGrid):
     """Largest absolute slope that counts as flat"""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        check_list("ranks", self.ranks, check_integer, fewest=2)
+        check_rules(self.rules, gamma=self.gamma, reference_rank=self.reference_rank)
+        check_list("optimizers", self.optimizers, partial(check_choice, choices=OPTIMIZER_NAMES))
+        check_steps(self.steps)
+        check_list("seeds", self.seeds, check_seed, fewest=2)
+        check_ranges(self)
         check_list("inits", self.inits, partial(check_choice, choices=tuple(PEFT_INITS)))
 
 
@@ -143,7 +155,7 @@ def setting_of(config: CheckConfig, cell: CoordinateCell) -> Setting:
     rates = {"sgd": config.sgd_lr, "momentum": config.sgd_lr / 10}
     return Setting(
         rank=cell.rank,
-        alpha=config.alpha(rule),
+        alpha=alpha_at(rule, gamma=config.gamma, reference_rank=config.reference_rank),
         learning_rate=rates.get(optimizer, config.adam_lr),
         rule=rule,
         optimizer=optimizer,

@@ -11,7 +11,7 @@ from rora_theory.lab import adapters
 from rora_theory.lab.adapters import FullConfig
 from rora_theory.lab.finetune import FinetuneConfig
 from rora_theory.lab.finetune.sharding import Layout
-from rora_theory.lab.sweep.cells import SweepCell
+from rora_theory.lab.sweep.grid import SweepCell
 
 CONFIG = FinetuneConfig(method="full", targets=("q_proj", "down_proj"), batch_size=8, warmup=1, lr=0.01, held_out=0)
 CHOSEN = ("self_attn.q_proj", "mlp.down_proj")

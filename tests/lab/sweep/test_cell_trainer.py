@@ -24,7 +24,7 @@ from rora_theory.lab.finetune.held_out import record_losses
 from rora_theory.lab.llama import locate
 from rora_theory.lab.llama.quantised import QuantisedWeight
 from rora_theory.lab.sweep.cell_trainer import CellTrainer, EvaluatedCell
-from rora_theory.lab.sweep.cells import SweepCell
+from rora_theory.lab.sweep.grid import SweepCell
 from rora_theory.lab.sweep.records import draw_records
 from rora_theory.lab.sweep.runs import Reading, ReadRun
 

@@ -9,8 +9,8 @@ from support.sweeps import sweep_plan
 
 from rora_theory.errors import InputError
 from rora_theory.lab.finetune import FinetuneConfig
-from rora_theory.lab.sweep.cells import SweepCell, cells_of
-from rora_theory.lab.sweep.design import SweepGrid
+from rora_theory.lab.sweep.cells import cells_of
+from rora_theory.lab.sweep.grid import SweepCell, SweepGrid
 from rora_theory.runs.reading import key_of
 from sims.common import cli
 from sims.sweep import SweepOptions, Training
