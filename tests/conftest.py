@@ -37,7 +37,8 @@ os.environ.setdefault(
 )
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="rora-tests-")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    # To store and look up a smaller program takes as long as compiling it.
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.15"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 # If Python must not write compiled modules next to their sources, every process would compile its imports again, which
 # takes seconds. This process and all that it starts, including the workers, share a temporary folder of such modules.

@@ -18,11 +18,11 @@ from support.commands import options_class
 
 @contextlib.contextmanager
 def captured() -> Iterator[dict[str, Figure]]:
-    """Yield the figures drawn inside the context, by name and laid out, without writing files."""
+    """Yield the figures drawn inside the context, by name and laid out, without drawing or writing files."""
     figures: dict[str, Figure] = {}
 
     def capture(figure: Figure, folder: Path, name: str) -> list[Path]:
-        figure.draw_without_rendering()
+        figure.get_layout_engine().execute(figure)
         figures[name] = figure
         return [folder / f"{name}.png", folder / f"{name}.svg"]
 
