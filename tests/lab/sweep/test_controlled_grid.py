@@ -49,6 +49,8 @@ def test_cells() -> None:
     assert len({key_of(cell) for cell in cells}) == len(cells) == 2 * 2 * 2 * 2
     assert [(cell.rank, cell.method) for cell in cells[:4]] == [(2, "rora"), (2, "0"), (8, "rora"), (8, "0")]
     assert [cell.gamma for cell in cells[:4]] == pytest.approx([2**0.5, 1, 0.5**0.5, 1], rel=1e-15)
+    other = replace(GRID, gamma=3.0, reference_rank=8)
+    assert [cell.gamma for cell in other.cells()[:4]] == pytest.approx([6, 3, 3, 3], rel=1e-15)
     assert [(cell.model, cell.axes["trained"]) for cell in cells[::4]] == [
         (model, trained) for model in ("linear", "mlp") for trained in ("both", "B")
     ]
@@ -91,7 +93,7 @@ def test_curves_hold_the_losses_of_the_training_that_they_name() -> None:
     """Training and held-out losses at rank 4 are those of each seed's own trajectory, with A trained and frozen."""
     grid = ControlledGrid(
         ranks=(4, 8), methods=("lora",), optimizers=("sgd",), model=("linear",), sgd_lrs=(0.1, 0.2, 0.3),
-        read_at=(1, 3), seeds=(0, 4), problem=SIZE,
+        read_at=(2, 4), seeds=(0, 4), problem=SIZE,
     )  # fmt: skip
     table = losses_of(grid)
     train_losses = []
@@ -108,7 +110,7 @@ def test_curves_hold_the_losses_of_the_training_that_they_name() -> None:
                     scaling=1.0,
                     learning_rate=rate,
                     optimizer="sgd",
-                    steps=(3,),
+                    steps=(4,),
                     freeze_A=freeze_A,
                 )
                 for rate in grid.sgd_lrs
