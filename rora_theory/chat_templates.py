@@ -317,4 +317,4 @@ def _placeholder_turns(message: Mapping[str, Any], text: str) -> Iterator[dict[s
 
 
 def _import_renderer() -> Any:
-    return extras.load("transformers.utils.chat_template_utils").render_jinja_template
+    return extras.import_extra("transformers.utils.chat_template_utils").render_jinja_template

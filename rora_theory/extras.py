@@ -61,7 +61,7 @@ def missing(error: ImportError) -> Any:
     )  # an exception type may be used in an except clause
 
 
-def load(module: str) -> Any:
+def import_extra(module: str) -> Any:
     """Import a module of an extra where it is needed.
 
     Raises:

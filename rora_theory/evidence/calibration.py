@@ -78,8 +78,8 @@ def calibrate(sweeps: Sequence[Sweep], policy: RangedRateFactor) -> Calibration:
     groups = list(by_model.values())
     pairs = [pair for group in groups for pair in group]
 
-    def share(kept: Sequence[int], quantile: float) -> float:
-        return float(np.mean([pair.is_inside(quantile) for index in kept for pair in groups[index]]))
+    def share(members: Sequence[int], quantile: float) -> float:
+        return float(np.mean([pair.is_inside(quantile) for index in members for pair in groups[index]]))
 
     return Calibration(
         share=jackknife(partial(share, quantile=0.0), len(groups), "models"),

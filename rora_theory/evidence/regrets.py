@@ -201,6 +201,6 @@ def summarise_regrets(costs: "pd.DataFrame") -> "pd.DataFrame":
     return frames.from_rows(rows, SUMMARY_COLUMNS)
 
 
-def _mean_over(by_model: Sequence[np.ndarray], kept: Sequence[int]) -> float:
+def _mean_over(by_model: Sequence[np.ndarray], members: Sequence[int]) -> float:
     """Return the mean over all pairs of some models."""
-    return float(np.concatenate([by_model[index] for index in kept]).mean())
+    return float(np.concatenate([by_model[index] for index in members]).mean())

@@ -118,7 +118,7 @@ def _connect(config: ClusterConfig) -> Any:
     local = LOCAL_VARIABLES | {"RAY_AUTH_TOKEN": secrets.token_hex(32)} if is_local else {}
     for name, value in (VARIABLES | local).items():
         os.environ.setdefault(name, value)
-    ray = extras.load("ray")
+    ray = extras.import_extra("ray")
     if ray.is_initialized():
         return ray
     sigterm_handler = signal.getsignal(signal.SIGTERM)

@@ -126,8 +126,8 @@ def grid_gaps(rates: Float[np.ndarray, " n"], losses: Float[np.ndarray, "curves 
         chord = (left_rise * right + right_rise * left) / (left + right)
         fitted = HIDDEN_SHARE * chord * np.maximum(left, right) / np.minimum(left, right)
         # One neighbour diverged: continue the slope of the other side, which convexity allows at most.
-        beside = np.where(np.isfinite(left_rise), left_rise * right / left, right_rise * left / right)
-        gaps = lowest * np.where(np.isfinite(chord), fitted, beside)
+        next_to_diverged = np.where(np.isfinite(left_rise), left_rise * right / left, right_rise * left / right)
+        gaps = lowest * np.where(np.isfinite(chord), fitted, next_to_diverged)
     return np.where(is_inner, gaps, 0.0)
 
 

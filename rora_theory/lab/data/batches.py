@@ -310,6 +310,11 @@ def plan_epoch(
     return EpochPlan(np.array(batches)[shuffled], np.array(batch_widths)[shuffled])
 
 
+def count_epoch_steps(records: int, batch_size: int) -> int:
+    """Return the number of batches of an epoch, the last of which may have fewer records."""
+    return -(-records // batch_size)
+
+
 class Batches:
     """Sequence of all batches of a run, indexed by step from 0.
 
@@ -341,7 +346,7 @@ class Batches:
         self._order = (batch_size, seed, answer_only)
         self._plan_epoch = partial(plan_epoch, self._input_lengths, self._widths, batch_size, seed=seed)
         self._plans: dict[int, EpochPlan] = {}
-        self.steps_per_epoch = -(-len(examples) // batch_size)
+        self.steps_per_epoch = count_epoch_steps(len(examples), batch_size)
         self._steps = epochs * self.steps_per_epoch if steps is None else steps
         self._target_widths = self._max_target_counts() if answer_only else None
 

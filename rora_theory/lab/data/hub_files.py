@@ -108,7 +108,7 @@ def locate_split(split: Split) -> list[Path]:
 
 def _list_files(split: Split, place: str, revision: str | None) -> list[str]:
     """Return the paths of a split's files, or their addresses at a commit."""
-    datasets = extras.load("datasets")
+    datasets = extras.import_extra("datasets")
     try:
         with tempfile.TemporaryDirectory() as cache:
             builder = datasets.load_dataset_builder(place, split.subset, revision=revision, cache_dir=cache)

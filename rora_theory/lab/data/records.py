@@ -274,7 +274,7 @@ def _read_file(path: Path, where: str, columns: Container[str]) -> Iterator[tupl
 
     Of a Parquet file, only ``columns`` are read; other keys have the value ``...``.
     """
-    # A device or a pipe would be read until memory is full, or waited for.
+    # `datasets` does not name a folder or a missing file in one line.
     files.check_regular(path, accepted=SUPPORTED_SOURCES)
     reader = READERS.get(path.suffix, "json")
     table = _load_table(path, reader, where)
@@ -304,7 +304,7 @@ def _read_file(path: Path, where: str, columns: Container[str]) -> Iterator[tupl
 
 def _load_table(path: Path, reader: str, where: str) -> Any:
     """Load a file by `datasets`, in memory and without its cache."""
-    datasets = extras.load("datasets")
+    datasets = extras.import_extra("datasets")
     options: dict[str, Any] = {}
     try:
         if reader == "csv":

@@ -72,7 +72,7 @@ END_TOKEN_KEYS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eo
 
 
 class _Reader(GGUFReader):
-    """Reader of the `gguf` package that also checks the lengths in a header, which the package does not."""
+    """Reader of the `gguf` package that names a truncated file by the lengths in its header."""
 
     data: Any  # the memory map, then a plain view of its bytes
 

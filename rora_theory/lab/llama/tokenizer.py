@@ -201,7 +201,7 @@ class Tokenizer:
 
 def import_fast_tokenizer() -> Any:
     """Import transformers' class of tokenizers, which needs no PyTorch."""
-    return extras.load("transformers").PreTrainedTokenizerFast
+    return extras.import_extra("transformers").PreTrainedTokenizerFast
 
 
 def _read_optional(path: Path) -> dict[str, Any]:

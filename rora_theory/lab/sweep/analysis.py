@@ -45,7 +45,7 @@ TABLES: Mapping[str, str] = {
     "ratios": "ratios of best rates, `curves.ratio_table`",
     "comparisons": "comparisons of curves at their best rates, `curves.compare_best_rates`",
     "one_rate": "comparisons at the same rate, `curves.compare_at_one_rate`",
-    "exponents": "exponents of the best rates in gain and rank, `law.SettingExponents.each`",
+    "exponents": "exponents of the best rates in gain and rank, `law.SettingExponents.by_setting`",
     "pooled": "the exponents by whole curves, alone and pooled, `law.SettingExponents.pooled`",
     "steps": "exponents of the best rates in the number of steps, `law.step_exponents`",
     "parts": "ratio of the parts of the change in every run, `change_parts.part_table`",
@@ -152,7 +152,7 @@ def judge_runs(
     by_steps = constants.groupby("step") if len(constants) else ()
     ranges = {int(step): (float(rows["constant"].min()), float(rows["constant"].max())) for step, rows in by_steps}
     measured = [setting_exponents(step_curves, step, law, constants=ranges) for step, step_curves in curves.items()]
-    tables["exponents"] = _concatenate(exponents.each for exponents in measured)
+    tables["exponents"] = _concatenate(exponents.by_setting for exponents in measured)
     tables["pooled"] = _concatenate(exponents.pooled for exponents in measured)
     if law.crossing_distances:
         tables["steps"] = step_exponents(curves, law)
@@ -187,7 +187,7 @@ def describe_exponents(runs: int, best: pd.DataFrame, exponents: pd.DataFrame, *
     Args:
       runs: Number of runs.
       best: `curves.best_rate_table` of every step.
-      exponents: `law.SettingExponents.each` of every step.
+      exponents: `law.SettingExponents.by_setting` of every step.
       law: Whether crossing distances are known.
     """
     if best.empty:
@@ -208,7 +208,7 @@ def _count_verdicts(verdicts: pd.Series) -> str:
 
 
 def add_against_column(exponents: pd.DataFrame) -> pd.DataFrame:
-    """Add a column ``against`` to `law.SettingExponents.each` that describes what the rate is compared against."""
+    """Add a column ``against`` to `law.SettingExponents.by_setting` with what the rate is compared with."""
     return exponents.assign(against=exponents["over"].map({"gain": "gamma r at r =", "rank": "r at gamma r ="}))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from rora_theory.errors import InputError
 from rora_theory.lab import llama
+from rora_theory.lab.data.batches import count_epoch_steps
 from rora_theory.lab.finetune import FinetuneConfig
 from rora_theory.lab.sweep.grid import SweepCell, SweepGrid
 from rora_theory.lab.sweep.methods import BASE
@@ -56,9 +57,9 @@ def cells_of(
 def _read_outs(
     grid: SweepGrid, shared: FinetuneConfig, axes: Mapping[str, Any], train_records: int
 ) -> list[tuple[int, ...]]:
-    """Return the numbers of steps of the read-outs of each run."""
+    """Return the numbers of steps of the read-outs of each run; an epoch has all records, before any is left out."""
     settings: dict[str, Any] = vars(shared) | dict(axes)
-    epoch = -(-train_records // settings["batch_size"])
+    epoch = count_epoch_steps(train_records, settings["batch_size"])
     steps: tuple[int, ...] = grid.read_at or (shared.steps or shared.epochs * epoch,)
     # The first step of a warm-up has the rate 0: after it there is no change to measure.
     if steps[0] == 1 and settings["warmup"]:

@@ -39,7 +39,7 @@ EXPONENT_COLUMNS = (
     "step", "over", "at", "first", "second", "exponent", "standard_error", "half_width", "error_over", "law_low", "law",
     "law_high", "seeds", "verdict", "edge", "displacement_low", "displacement_high", "displacement_verdict",
 )  # fmt: skip
-"""Columns of `SettingExponents.each`."""
+"""Columns of `SettingExponents.by_setting`."""
 
 STEP_COLUMNS = (
     "rank", "gain", "first", "second", "exponent", "standard_error", "half_width", "error_over", "seeds", "law_low",
@@ -110,11 +110,11 @@ class SettingExponents(NamedTuple):
     """Exponents of the best rate between two values of the gain or of the rank.
 
     Attributes:
-      each: A row for each value and value of the other setting, with the columns `EXPONENT_COLUMNS`.
+      by_setting: A row for each value and value of the other setting, with the columns `EXPONENT_COLUMNS`.
       pooled: A row for each pair of values and each value of the other setting, and one for all of these together.
     """
 
-    each: pd.DataFrame
+    by_setting: pd.DataFrame
     pooled: pd.DataFrame
 
 

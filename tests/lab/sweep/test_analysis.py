@@ -103,7 +103,7 @@ def curves_of(runs: Sequence[SweepRun], step: int = 64, draws: int = 200) -> lis
 
 def exponents(runs: Sequence[SweepRun], *, constants=None, **law) -> pd.DataFrame:
     """Return the exponents after 64 steps by ``over`` and ``at``."""
-    table = horizon_law.setting_exponents(curves_of(runs), 64, replace(LAW, **law), constants=constants).each
+    table = horizon_law.setting_exponents(curves_of(runs), 64, replace(LAW, **law), constants=constants).by_setting
     return table.set_index(["over", "at"])
 
 
@@ -124,7 +124,7 @@ def moved(powers: Sequence[float], factor: float) -> list[float]:
 def in_gain(first: Sequence[float], second: Sequence[float]) -> dict:
     """Return the exponent between two gains with these best rates of the seeds."""
     ends = [curve(first), curve(second, gain=724.0)]
-    (row,) = frames.rows(horizon_law.setting_exponents(ends, 64, LAW).each)
+    (row,) = frames.rows(horizon_law.setting_exponents(ends, 64, LAW).by_setting)
     return row
 
 
@@ -242,7 +242,7 @@ def test_full_fine_tuning_is_compared_with_the_adapters_and_in_no_exponent() -> 
     assert all(isinstance(row["rank"], int) for row in best if row["rank"]), "8, not 8.0, in the file"
     assert {curve.line for curve in curves} == {("adamw", "both", rule, 1.0) for rule in ("full", "lora")}
     lora = [curve for curve in curves if curve.rule == "lora"]
-    tables = [horizon_law.setting_exponents(selected, 64, LAW).each for selected in (curves, lora)]
+    tables = [horizon_law.setting_exponents(selected, 64, LAW).by_setting for selected in (curves, lora)]
     pd.testing.assert_frame_equal(*tables)
     assert frames.rows(table_of(runs))[0]["gamma"] is None
     assert horizon_curves.compare_best_rates(curves_of([*arm, *runs[-2:]], draws=50), 64).empty
@@ -274,7 +274,7 @@ def test_a_rival_in_the_rank_prevents_agreement(exponent, spread, linear_term, v
     """Three seeds, whose interval is 2.5 spreads wide on either side."""
     powers = (exponent - spread, exponent, exponent + spread)
     ends = [curve([1e-3] * 3), curve(moved(powers, 16), rank=128)]
-    (row,) = frames.rows(horizon_law.setting_exponents(ends, 64, replace(LAW, linear_terms=(linear_term,))).each)
+    (row,) = frames.rows(horizon_law.setting_exponents(ends, 64, replace(LAW, linear_terms=(linear_term,))).by_setting)
     assert (row["over"], row["verdict"], row["displacement_verdict"]) == ("rank", verdict, displacement)
 
 
@@ -670,7 +670,7 @@ def test_the_table_and_the_figure_of_best_rates(tmp_path) -> None:
     assert settings == [(16, 8, 64), (16, 8, 724), (16, 128, 64), (16, 128, 724)]
     np.testing.assert_allclose(best[16]["best_rate"], 1e-3 * (best[16]["gain"] / 64) ** -0.5, rtol=0.05)
     assert not best[16]["edge"].any()
-    judged = [horizon_law.setting_exponents(step_curves, step, LAW).each for step, step_curves in curves.items()]
+    judged = [horizon_law.setting_exponents(step_curves, step, LAW).by_setting for step, step_curves in curves.items()]
     judged[1] = judged[1][judged[1]["at"] == 8]
     tables = {"results": table_of(runs), "exponents": pd.concat(judged)}
     tables["best"] = pd.concat([best[16], best[64][best[64]["rank"] == 8]])
@@ -804,7 +804,7 @@ def test_exponents_of_whole_curves_alone_and_pooled() -> None:
         assert row["standard_error"] > 0
         assert pd.isna(row["verdict"]) == (at != "8 128")
     assert table.loc["rank", "64 724"]["exponent"] == pytest.approx(0.1, abs=0.03)
-    both = measured.each[measured.each["over"] == "gain"]
+    both = measured.by_setting[measured.by_setting["over"] == "gain"]
     assert table.loc["gain", "8 128"]["law_low"] == both["law_low"].min() < both["law_low"].max()
     assert table.loc["gain", "8 128"]["law_high"] == both["law_high"].max()
 
