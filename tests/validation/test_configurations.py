@@ -81,7 +81,10 @@ INVALID: dict[type, dict[str, tuple]] = {
     ProblemConfig: same_values("p_in hidden p_out samples held_out teacher_rank", 0)
     | {"noise": (-1.0,), "overlap": (-0.1, 1.5)},
     RateGrid: {"adam_lrs": ((1.0, 2.0),), "sgd_lrs": ((1.0, 2.0),)},
-    ControlledGrid: {"ranks": ((4,), (4, 4)), "methods": ((), ("lora", "1"), ("best",), ("nan",), ("rora", "0.5"))}
+    ControlledGrid: {
+        "ranks": ((4,), (4, 4)),
+        "methods": ((), ("lora", "1"), ("best",), ("nan",), ("rora", "0.5"), ("rora", "rslora")),
+    }
     | {"optimizers": (("lion",),), "model": ((), ("cnn",))}
     | {"adam_lrs": ((), (1.0, 1.0)), "sgd_lrs": ((1.0, -1.0),), "read_at": ((), (2, 1), (0,))}
     | {"seeds": ((1,), (0, 2**32)), "gamma": (0.0,), "reference_rank": (0,), "seed": (-1,)},
@@ -114,7 +117,8 @@ COMBINATIONS = [
     (SimulationConfig, {"draws": 64, "relative_error": 0.1}, "relative_error 0.1 .* draws"),
     (RateGrid, {"ranks": (2, 8)}, "teacher_rank.* 4"),
     (RateGrid, {"model": ("linear", "mlp")}, "model .*linear mlp"),
-    (ControlledGrid, {"methods": ("lora", "dora")}, "methods .*dora"),
+    (ControlledGrid, {"methods": ("lora", "dora")}, "methods .*, got dora"),
+    (ControlledGrid, {"methods": ("400",)}, "positive float .*, got 400.0"),
     (ControlledGrid, {"ranks": (2, 8)}, "teacher_rank.* 4"),
     (ClusterConfig, {"workers": 2, "address": "auto"}, "workers 2 .* address"),
     (Scoring, {"protocol": "harness", "template": "train"}, "template .*harness, got 'train'"),

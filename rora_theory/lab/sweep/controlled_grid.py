@@ -18,11 +18,10 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from rora_theory.errors import InputError
 from rora_theory.lab.sweep import controlled
 from rora_theory.lab.sweep.controlled import MODELS, Model, ProblemConfig
 from rora_theory.lab.sweep.grid import RunGrid, SweepCell
-from rora_theory.lab.sweep.methods import find_method
+from rora_theory.lab.sweep.methods import check_scaling, find_method
 from rora_theory.lab.sweep.rank_exponents import CELL, QUANTITIES
 from rora_theory.laws.random.seeds import check_seed
 from rora_theory.optimizers import OPTIMIZER_NAMES, OptimizerName
@@ -68,7 +67,7 @@ class ControlledGrid(RunGrid):
     model: tuple[Model, ...] = MODELS
     """Models: linear [p_out, p_in], and mlp [p_out, hidden] tanh [hidden, p_in]"""
     methods: tuple[str, ...] = ("lora", "rora", "quarter")
-    """Scalings of LoRA: lora, rora, quarter, or the exponent kappa of gamma = alpha / r^kappa"""
+    """Scalings of LoRA: lora, rora, rslora, quarter, or the exponent kappa of gamma = alpha / r^kappa"""
     ranks: tuple[int, ...] = (4, 16, 64, 256, 1024)
     """Ranks of the adapter, at least two; they may exceed the layer's width"""
     seeds: tuple[int, ...] = tuple(range(8))
@@ -99,14 +98,15 @@ class ControlledGrid(RunGrid):
         check_steps(self.read_at, "read_at")
         check_list("optimizers", self.optimizers, partial(check_choice, choices=OPTIMIZER_NAMES))
         for name in self.methods:
-            if find_method(name).settings["method"] != "lora":
-                raise InputError(f"methods must be scalings of LoRA, got {name}")
+            check_scaling(name)
         rules = [find_method(name).rule for name in self.methods]
         check_rules(rules, "methods", gamma=self.gamma, reference_rank=self.reference_rank)
         for option, rates in (("adam_lrs", self.adam_lrs), ("sgd_lrs", self.sgd_lrs)):
             check_list(option, rates, check_positive)
         check_seed("seed", self.seed)
         self.problem.check_ranks(self.ranks)
+        for cell in self.cells():
+            _ = cell.gamma  # an exponent far from 0 has no scaling at some rank
 
     def rates(self, optimizer: OptimizerName) -> Float[np.ndarray, " rates"]:
         """Return the learning rates of an optimizer, ascending."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from rora_theory.errors import InputError
 from rora_theory.lab.finetune.config import LEARNING_RATES
-from rora_theory.scaling import Rule
+from rora_theory.scaling import KAPPAS, Rule
 
 BASE = "base"
 """Name of the model without an adapter, which is one cell without training or seeds."""
@@ -51,21 +51,31 @@ METHODS = {
 """Methods by name. A new kind of adapter needs one more entry here."""
 
 
+SCALINGS = (*(name for name, method in METHODS.items() if method.settings["method"] == "lora"), "rslora")
+"""Names of LoRA with different scalings. An exponent kappa is one as well."""
+
+
 def find_method(name: str) -> Method:
     """Return a method by its name; a number kappa is LoRA scaled by alpha / r^kappa.
 
     Raises:
-      InputError: The name is unknown, or the number is not finite.
+      InputError: The name is unknown.
     """
     if name in METHODS:
         return METHODS[name]
-    try:
-        kappa = float(name)
-    except ValueError:
-        kappa = math.nan
-    if not math.isfinite(kappa):
-        raise InputError(f"methods must be {', '.join(METHODS)} or a finite exponent kappa, got {name}")
-    return Method(f"LoRA, alpha/r^{kappa:g}", {"method": "lora", "rule": kappa})
+    check_scaling(name)
+    return Method(f"LoRA, {name}", {"method": "lora", "rule": name if name in KAPPAS else float(name)})
+
+
+def check_scaling(name: str) -> None:
+    """Raise `InputError` unless a method is LoRA: one of `SCALINGS`, or a finite exponent kappa."""
+    if name not in SCALINGS:
+        try:
+            kappa = float(name)
+        except ValueError:
+            kappa = math.nan
+        if not math.isfinite(kappa):
+            raise InputError(f"methods must be {', '.join(SCALINGS)} or a finite exponent kappa, got {name}")
 
 
 def published_rate(method: str, model: str) -> float:

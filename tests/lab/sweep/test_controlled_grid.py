@@ -56,6 +56,8 @@ def test_cells() -> None:
     ]
     assert {(cell.rate, cell.seed, cell.read_at) for cell in cells} == {(None, None, (1, 3))}, "all rates and seeds"
     assert {cell.axes["trained"] for cell in replace(GRID, freeze_control=False).cells()} == {"both"}
+    same = replace(GRID, methods=("rslora", "0")).cells()
+    assert [cell.gamma for cell in same] == [cell.gamma for cell in cells]
     assert str(cells[0]) == "linear: rora r=2 alpha=2 gamma=1.414 optimizer=sgd trained=both"
 
 
